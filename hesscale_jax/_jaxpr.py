@@ -1,0 +1,322 @@
+"""Everything the library assumes about JAX's internals, in one place.
+
+A traced loss becomes a :class:`Program`: a list of equations in which nested ``jit`` calls are
+written out, a value computed twice is computed once, and what no output needs is left out. Each
+assumption made here is pinned by one test in ``tests/test_jaxpr_contracts.py``.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import source_info_util
+from jax.extend import core
+
+__all__ = ["Constant", "Equation", "Program", "Value", "bind", "flatten", "location", "trace"]
+
+# A call that only groups equations: it is written out, so that a block can cross its border.
+CALLS = frozenset({"jit"})
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Value:
+    """The result of an equation, or an input of the program. Equal only to itself."""
+
+    aval: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.aval.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.aval.dtype
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Constant:
+    """An operand known while tracing: a literal, or an array the loss closes over."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.value)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Equation:
+    """One application of a primitive: ``outputs = primitive(*inputs, **params)``."""
+
+    primitive: core.Primitive
+    params: dict[str, Any]
+    inputs: tuple[Value | Constant, ...]
+    outputs: tuple[Value, ...]
+    source: core.JaxprEqn  # for the user's line and the context to bind in
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Program:
+    """A function as equations in program order."""
+
+    inputs: list[Value]
+    equations: list[Equation]
+    outputs: list[Value | Constant]
+
+
+# Tracing and binding
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
+    """The jaxpr of ``fun`` at the shapes and dtypes of ``args``."""
+    return jax.make_jaxpr(fun)(*args)
+
+
+def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
+    """Apply the equation's primitive to other operands, with ``changes`` to its parameters.
+
+    Returns the result, or a list of them if the equation has not exactly one.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params | changes)
+    results = eqn.primitive.bind(*operands, **params)
+    return results[0] if eqn.primitive.multiple_results and len(results) == 1 else results
+
+
+def listed(results: Any, eqn: Equation) -> list[Any]:
+    """What :func:`bind` returned, one entry per output of the equation."""
+    return [results] if len(eqn.outputs) == 1 else list(results)
+
+
+@contextlib.contextmanager
+def context(eqn: Equation) -> Iterator[None]:
+    """What is bound inside carries the user's line, name scope and settings of ``eqn``."""
+    info = eqn.source.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.source.ctx.manager:
+        yield
+
+
+def location(eqn: Equation) -> str:
+    """Where the user wrote the equation: ``file.py:41 (function)``."""
+    frame = source_info_util.user_frame(eqn.source.source_info.traceback)
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+
+
+def is_inexact(value: Value) -> bool:
+    """Whether derivatives can flow through a value of this dtype."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+# Flattening
+
+
+def flatten(closed: core.ClosedJaxpr) -> Program:
+    """Write out nested calls, merge equal equations, drop what no output needs."""
+    builder = _Builder()
+    inputs = [Value(v.aval) for v in closed.jaxpr.invars]
+    outputs = builder.inline(closed, inputs, None)
+    return Program(inputs, _needed(builder.equations, outputs), outputs)
+
+
+class _Builder:
+    """Collects equations, one for each distinct computation."""
+
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
+        self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
+        self._constants: dict[Any, Constant] = {}
+
+    def inline(
+        self, closed: core.ClosedJaxpr, operands: Sequence[Any], source: core.JaxprEqn | None
+    ) -> list[Any]:
+        """Append the equations of ``closed``; ``source`` overrides where they come from."""
+        jaxpr = closed.jaxpr
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
+        env.update(zip(jaxpr.constvars, map(self._constant, closed.consts), strict=True))
+
+        def read(atom: Any) -> Any:
+            return self._constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(map(read, eqn.invars))
+            if eqn.primitive.name in CALLS:
+                results = self.inline(eqn.params["jaxpr"], inputs, source)
+            elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
+                expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
+                results = self.inline(expanded, inputs, source or eqn)
+            else:
+                results = self._append(eqn, inputs, source or eqn)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _append(self, eqn: Any, inputs: tuple[Any, ...], source: Any) -> tuple[Value, ...]:
+        alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
+        new = Equation(
+            eqn.primitive, eqn.params, inputs, tuple(Value(v.aval) for v in eqn.outvars), source
+        )
+        if not eqn.effects:
+            for old in alike:
+                if _same_parameters(old, new):
+                    return old.outputs
+            alike.append(new)
+        self.equations.append(new)
+        return new.outputs
+
+    def _constant(self, value: Any) -> Constant:
+        """One object per literal, so that equal operands are identical."""
+        key: Any = id(value)
+        if np.ndim(value) == 0 and not isinstance(value, jax.Array):
+            key = (type(value), np.asarray(value).dtype, np.asarray(value).item())
+        return self._constants.setdefault(key, Constant(value))
+
+
+def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
+    """The equations that an output depends on, or that have an effect."""
+    wanted = set(map(id, outputs))
+    kept = []
+    for eqn in reversed(equations):
+        if eqn.source.effects or any(id(v) in wanted for v in eqn.outputs):
+            wanted.update(map(id, eqn.inputs))
+            kept.append(eqn)
+    return kept[::-1]
+
+
+def _same_parameters(a: Equation, b: Equation) -> bool:
+    """Whether two applications of a primitive to the same operands compute the same."""
+    if a.name == "custom_jvp_call":
+        # Its derivative rule is a new closure on every trace: compare what the rules compute.
+        return _same(_with_derivative(a), _with_derivative(b))
+    return a.params.keys() == b.params.keys() and all(
+        _same(value, b.params[key]) for key, value in a.params.items()
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (core.ClosedJaxpr, core.Jaxpr)):
+        return isinstance(b, type(a)) and structure(a) == structure(b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _with_derivative(eqn: Equation) -> core.ClosedJaxpr:
+    """The equation and its derivative in every floating operand, as a jaxpr."""
+    values = [i for i, v in enumerate(eqn.inputs) if isinstance(v, Value)]
+    moving = [i for i in values if is_inexact(eqn.inputs[i])]
+    constants = [v.value if isinstance(v, Constant) else None for v in eqn.inputs]
+
+    def with_derivative(primals: list[Any], tangents: list[Any]) -> Any:
+        operands = list(constants)
+        for i, primal in zip(values, primals, strict=True):
+            operands[i] = primal
+        start = [operands[i] for i in moving]
+        return jax.jvp(along(eqn, operands, moving), start, tangents)
+
+    avals = {i: jax.ShapeDtypeStruct(eqn.inputs[i].shape, eqn.inputs[i].dtype) for i in values}
+    return trace(with_derivative, list(avals.values()), [avals[i] for i in moving])
+
+
+def along(eqn: Equation, primals: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
+    """The equation as a function of the operands at ``positions`` alone."""
+
+    def function(*operands: Any) -> Any:
+        replaced = list(primals)
+        for position, operand in zip(positions, operands, strict=True):
+            replaced[position] = operand
+        return bind(eqn, *replaced)
+
+    return function
+
+
+def zero_outputs(closed: core.ClosedJaxpr) -> list[bool]:
+    """Which outputs are zero whatever the inputs: a literal 0, perhaps broadcast."""
+    made_by = {var: eqn for eqn in closed.jaxpr.eqns for var in eqn.outvars}
+
+    def is_zero(atom: Any) -> bool:
+        if isinstance(atom, core.Literal):
+            return bool(atom.val == 0)
+        eqn = made_by.get(atom)
+        return (
+            eqn is not None
+            and eqn.primitive.name == "broadcast_in_dim"
+            and is_zero(eqn.invars[0])
+        )
+
+    return list(map(is_zero, closed.jaxpr.outvars))
+
+
+def structure(jaxpr: Any) -> tuple[Any, ...]:
+    """A key equal for two jaxprs exactly when they are the same computation, names aside."""
+    closed_over = tuple(map(id, getattr(jaxpr, "consts", ())))
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    number: dict[Any, int] = {}
+    for var in (*jaxpr.constvars, *jaxpr.invars):
+        number[var] = len(number)
+
+    def key(atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return ("literal", str(atom.aval), repr(atom.val))
+        return number[atom]
+
+    def parameter(value: Any) -> Any:
+        if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+            return structure(value)
+        if isinstance(value, np.ndarray):
+            return (value.shape, str(value.dtype), value.tobytes())
+        return id(value) if callable(value) else repr(value)
+
+    lines = []
+    for eqn in jaxpr.eqns:
+        params = tuple((k, parameter(v)) for k, v in sorted(eqn.params.items()))
+        lines.append((eqn.primitive.name, params, tuple(map(key, eqn.invars))))
+        for var in eqn.outvars:
+            number[var] = len(number)
+    avals = tuple(str(v.aval) for v in jaxpr.invars)
+    return (closed_over, avals, tuple(lines), tuple(map(key, jaxpr.outvars)))
+
+
+# A dot product row by row is a multiplication and a sum in disguise
+
+
+def _contracts_everything(eqn: Any) -> bool:
+    """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``."""
+    (contracting, _), (batch, _) = eqn.params["dimension_numbers"]
+    return all(
+        len(contracting) + len(batch) == len(v.aval.shape) and v.aval.shape for v in eqn.invars
+    )
+
+
+def _multiply_and_sum(eqn: Any) -> Callable[[Any, Any], Any]:
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    dtype = eqn.outvars[0].aval.dtype
+
+    def multiply_and_sum(lhs: Any, rhs: Any) -> Any:
+        partner = dict(zip((*lhs_axes, *lhs_batch), (*rhs_axes, *rhs_batch), strict=True))
+        rhs = _transpose(rhs, [partner[i] for i in range(lhs.ndim)])
+        wide = [lax.convert_element_type(x, dtype) if x.dtype != dtype else x for x in (lhs, rhs)]
+        rows = lax.reduce_sum(lax.mul(*wide), tuple(lhs_axes))
+        kept = sorted(lhs_batch)
+        return _transpose(rows, [kept.index(i) for i in lhs_batch])
+
+    return multiply_and_sum
+
+
+def _transpose(x: Any, permutation: list[int]) -> Any:
+    return x if permutation == sorted(permutation) else lax.transpose(x, permutation)
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """The number of entries of an array of this shape."""
+    return math.prod(shape)

@@ -1,0 +1,381 @@
+"""Which equations form a block: pure graph analysis, no arithmetic.
+
+A block is a set of pointwise equations, with the reductions and the changes of view between them,
+that is treated as one function: the library is exact inside a block and drops off-diagonal terms
+only between blocks. Blocks follow from the structure of the program alone:
+
+    level(input) = 0
+    level(y) = max level(operands)        y made by a pointwise equation, a reduction or a view
+    level(y) = max level(operands) + 1    y made by any other equation, or by one that does not fit
+
+Equations that feed each other at one level are one block. Levels keep a residual stream from
+growing into a single block: in ``x + f(x)`` the sum starts anew, because ``f(x)`` is later.
+
+A block has one *frame*, a shape in row-major order in which every value of the block has its place.
+A dimension of a value occupies a *span* ``(lo, hi)`` of it: ``lo`` entries of the frame's shape
+multiplied before the dimension, ``hi`` with it. A dimension of size 1 occupies nothing, ``(1, 1)``.
+So reshapes, reduced values and implicit broadcasts are all read off the spans, and a block is at
+odds with itself when two equations put one value at different spans, or when two spans overlap.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from hesscale_jax._jaxpr import Equation, Program, Value, is_inexact, size
+from hesscale_jax.rules.derivatives import Pointwise
+from hesscale_jax.rules.selection import Join, PiecewiseConstant, Reduction, View
+
+__all__ = ["Block", "Plan", "plan"]
+
+Span = tuple[int, int]
+Spans = tuple[Span, ...]  # one per dimension of a value
+
+NOTHING: Span = (1, 1)
+
+
+class DoesNotFit(Exception):
+    """An equation cannot join a block; it starts a new one."""
+
+
+class Block:
+    """One function made of pointwise equations, reductions over one set of axes, and views.
+
+    Attributes:
+      spans: Where each value that the block reads or makes lies in the frame.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.spans: dict[Value, Spans] = {}
+        self._reduced: tuple[Span, ...] | None = None
+        self._bounds = sorted({1, entries})
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of the frame."""
+        return self._bounds[-1]
+
+    # Read off a finished block
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        """The sizes of the frame's axes: the coarsest shape that every value is a view of."""
+        return tuple(hi // lo for lo, hi in self._axes())
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes of the frame that the block's reductions run over."""
+        return tuple(
+            i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ())
+        )
+
+    def view(self, spans: Spans) -> tuple[int, ...]:
+        """The shape in the frame of an array whose dimensions lie at ``spans``."""
+        return tuple(hi // lo if _inside((lo, hi), spans) else 1 for lo, hi in self._axes())
+
+    def _axes(self) -> Iterator[Span]:
+        return zip(self._bounds, self._bounds[1:], strict=False)
+
+    # Growing a block: everything is checked before anything is changed
+
+    def place(self, placed: dict[Value, Spans], reduced: tuple[Span, ...] | None = None) -> None:
+        """Add values at their spans and, for a reduction, the spans it runs over."""
+        for value, spans in placed.items():
+            if self.spans.get(value, spans) != spans:
+                raise DoesNotFit
+        if reduced is not None and self._reduced not in (None, reduced):
+            raise DoesNotFit
+        self._bounds = _refined(self._bounds, [*placed.values(), reduced or ()])
+        self._reduced = self._reduced if reduced is None else reduced
+        self.spans.update(placed)
+
+    def fill(self, value: Value) -> bool:
+        """Whether the value has as many entries as the frame."""
+        return size(value.shape) == self.entries
+
+    def absorb(self, other: "Block", move: Callable[[Span], Span]) -> None:
+        """Take over another block, each span of whose frame is moved to one of this one's."""
+        axes = tuple(move(axis) for axis in other._axes())
+        spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
+        reduced = None if other._reduced is None else merged(map(move, other._reduced))
+        bounds = _refined(self._bounds, [axes])
+        self.place(spans, reduced)
+        self._bounds = _refined(self._bounds, [((b, b),) for b in bounds])
+
+
+def _inside(axis: Span, spans: Iterable[Span]) -> bool:
+    return any(lo <= axis[0] and axis[1] <= hi for lo, hi in spans)
+
+
+def _refined(bounds: list[int], spans: Iterable[Spans]) -> list[int]:
+    """The bounds with those of the spans among them, each dividing the next."""
+    new = {b for s in spans for span in s for b in span}.difference(bounds)
+    if not new:
+        return bounds
+    refined = list(bounds)
+    for b in new:
+        bisect.insort(refined, b)
+    if any(b % a for a, b in zip(refined, refined[1:], strict=False)):
+        raise DoesNotFit
+    return refined
+
+
+# Spans of an equation's result
+
+
+def row_major(shape: tuple[int, ...]) -> Spans:
+    """The spans of a value that fills the frame."""
+    spans, lo = [], 1
+    for n in shape:
+        spans.append((lo, lo * n) if n > 1 else NOTHING)
+        lo *= n
+    return tuple(spans)
+
+
+def broadcast(shape: tuple[int, ...], spans: Sequence[Span]) -> Spans:
+    """The spans of an operand of this shape in an elementwise equation whose result has ``spans``."""
+    return tuple(s if n > 1 else NOTHING for n, s in zip(shape, spans, strict=False))
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Adjacent spans as one, in order."""
+    stretches: list[Span] = []
+    for lo, hi in sorted(s for s in spans if s != NOTHING):
+        if stretches and stretches[-1][1] == lo:
+            stretches[-1] = (stretches[-1][0], hi)
+        else:
+            stretches.append((lo, hi))
+    return tuple(stretches)
+
+
+def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
+    """The spans after a reshape: each new dimension takes the next part of what was occupied."""
+    stretches = list(merged(spans))
+    result = []
+    for n in shape:
+        if n == 1:
+            result.append(NOTHING)
+            continue
+        lo, hi = stretches.pop(0)
+        if (hi // lo) % n:
+            raise DoesNotFit
+        result.append((lo, lo * n))
+        if lo * n < hi:
+            stretches.insert(0, (lo * n, hi))
+    return tuple(result)
+
+
+def broadcast_behind(
+    spans: Spans, old: Value, new: Value, dimensions: Sequence[int]
+) -> Spans:
+    """The spans after an explicit broadcast of a value that does not fill its frame.
+
+    A new dimension lies right behind the one before it.
+    """
+    kept = {i: spans[j] for j, i in enumerate(dimensions) if old.shape[j] == new.shape[i]}
+    result, behind = [], 1
+    for i, n in enumerate(new.shape):
+        lo, hi = kept.get(i, (behind, behind * n)) if n > 1 else NOTHING
+        if n > 1 and lo < behind:
+            raise DoesNotFit
+        behind = max(behind, hi)
+        result.append((lo, hi))
+    return tuple(result)
+
+
+# The analysis of a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the interpreter needs to know about a program.
+
+    Attributes:
+      active: Values on a differentiable path from an active input to an output.
+      rules: The rule of each equation on such a path.
+      blocks: The block of each equation that is in one.
+    """
+
+    active: frozenset[Value]
+    rules: dict[Equation, Any]
+    blocks: dict[Equation, Block]
+
+
+def plan(
+    program: Program,
+    moving: Iterable[Value],
+    wanted: Iterable[Value],
+    find: Callable[[Equation], Any],
+) -> Plan:
+    """Analyse a program.
+
+    Args:
+      program: The program.
+      moving: The inputs that have a shift or a spread.
+      wanted: The outputs whose moments are asked for.
+      find: The rule of an equation, ``None`` if there is none.
+    """
+    active, rules = _paths(program, moving, wanted, find)
+    return Plan(active, rules, _Grouping(active).run(rules))
+
+
+def _paths(
+    program: Program,
+    moving: Iterable[Value],
+    wanted: Iterable[Value],
+    find: Callable[[Equation], Any],
+) -> tuple[frozenset[Value], dict[Equation, Any]]:
+    """The values on a differentiable path, and the rules of the equations that make them."""
+    reached = {v for v in moving if size(v.shape)}
+    found = {}
+    for eqn in program.equations:
+        if not reached.isdisjoint(eqn.inputs):
+            found[eqn] = find(eqn)
+            if not isinstance(found[eqn], PiecewiseConstant):
+                # An array without entries carries no derivative anywhere.
+                reached.update(v for v in eqn.outputs if is_inexact(v) and size(v.shape))
+    needed = {v for v in wanted if v in reached}
+    rules = {}
+    for eqn in reversed(found):
+        if not needed.isdisjoint(eqn.outputs):
+            rules[eqn] = found[eqn]
+            needed.update(v for v in eqn.inputs if v in reached)
+    return frozenset(needed), dict(reversed(rules.items()))
+
+
+class _Grouping:
+    """Walks the equations in program order and puts each into a block, if it belongs in one."""
+
+    def __init__(self, active: frozenset[Value]) -> None:
+        self._active = active
+        self._level: dict[Value, int] = {}
+        self._home: dict[Value, Block] = {}  # the block that makes a value
+        self._into: dict[Block, Block] = {}  # absorbed blocks
+
+    def run(self, rules: dict[Equation, Any]) -> dict[Equation, Block]:
+        member = {}
+        for eqn, rule in rules.items():
+            operands = [v for v in eqn.inputs if v in self._active]
+            level = max(self._level.get(v, 0) for v in operands)
+            block = None
+            if isinstance(rule, Pointwise | Reduction | View | Join):
+                try:
+                    block = self._join(eqn, rule, operands, level)
+                except DoesNotFit:
+                    level += 1
+                    if isinstance(rule, Pointwise | Reduction):
+                        block = self._join(eqn, rule, operands, level)
+            else:
+                level += 1
+            for value in eqn.outputs:
+                self._level[value] = level
+                if block is not None:
+                    self._home[value] = block
+            if block is not None:
+                member[eqn] = block
+        return {eqn: self._current(block) for eqn, block in member.items()}
+
+    def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
+        """Put an equation into the block of its operands, or raise ``DoesNotFit``."""
+        homes = {v: self._current(self._home[v]) for v in operands if self._is_made_at(v, level)}
+        (result,) = eqn.outputs
+        if isinstance(rule, Pointwise):
+            alike = [v for v in homes if v.shape == result.shape]
+            if not alike:
+                return self._fill_frame(result, {v: range(len(v.shape)) for v in operands}, homes)
+            # The result lies where the operands of its shape do.
+            guide = max(alike, key=lambda v: homes[v].entries)
+            spans = homes[guide].spans[guide]
+            placed = {v: broadcast(v.shape, spans) for v in operands}
+            return self._merge(result, spans, placed, homes, homes[guide].entries)
+        if isinstance(rule, Join):
+            if len(set(homes.values())) != 1 or homes.keys() != set(operands):
+                raise DoesNotFit
+            return self._fill_frame(result, {v: rule.dimensions(eqn) for v in operands}, homes)
+
+        (operand,) = set(operands)
+        block = homes.get(operand) or Block(size(operand.shape))
+        if eqn.name == "broadcast_in_dim" and block.entries == size(operand.shape):
+            dimensions = eqn.params["broadcast_dimensions"]
+            return self._fill_frame(result, {operand: dimensions}, homes)
+        spans = block.spans.get(operand, row_major(operand.shape))
+        reduced = None
+        if isinstance(rule, Reduction):
+            axes = rule.axes(eqn)
+            reduced = merged(spans[i] for i in axes) or None
+            made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.shape)
+        elif eqn.name == "broadcast_in_dim":
+            made = broadcast_behind(spans, operand, result, eqn.params["broadcast_dimensions"])
+        else:
+            made = reshaped(spans, result.shape)
+        block.place({operand: spans, result: made}, reduced)
+        return block
+
+    def _fill_frame(
+        self, result: Value, dimensions: dict[Value, Sequence[int]], homes: dict[Value, Block]
+    ) -> Block:
+        """The block of a result that fills the frame, with the operands along its dimensions."""
+        spans = row_major(result.shape)
+        placed = {v: broadcast(v.shape, [spans[i] for i in at]) for v, at in dimensions.items()}
+        return self._merge(result, spans, placed, homes, size(result.shape))
+
+    def _merge(
+        self,
+        result: Value,
+        spans: Spans,
+        placed: dict[Value, Spans],
+        homes: dict[Value, Block],
+        entries: int,
+    ) -> Block:
+        """One block of those of the operands, in a frame of this many entries."""
+        parts: dict[Block, list[Value]] = {}
+        for value, home in homes.items():
+            parts.setdefault(home, []).append(value)
+        moves = {home: _move(home, placed, values, entries) for home, values in parts.items()}
+        in_place = [home for home, move in moves.items() if move is None]
+        block = max(in_place, key=lambda home: len(home.spans), default=Block(entries))
+        for home, move in moves.items():
+            if home is not block:
+                block.absorb(home, move or (lambda span: span))
+                self._into[home] = block
+        block.place(placed | {result: spans})
+        return block
+
+    def _is_made_at(self, value: Value, level: int) -> bool:
+        return value in self._home and self._level[value] == level
+
+    def _current(self, block: Block) -> Block:
+        while block in self._into:
+            block = self._into[block]
+        return block
+
+
+def _move(
+    home: Block, placed: dict[Value, Spans], values: list[Value], entries: int
+) -> Callable[[Span], Span] | None:
+    """How a block's frame moves to put its values where they are placed; ``None`` if it stays."""
+    stays = all(home.spans[v] == placed[v] for v in values)
+    if stays and home.entries == entries:
+        return None
+    full = next((v for v in values if home.fill(v)), None)
+    if full is None:
+        raise DoesNotFit
+    if stays:
+        return None
+    old, new = home.spans[full], placed[full]
+
+    def move(span: Span) -> Span:
+        parts = [
+            (to * max(span[0], lo) // lo, to * min(span[1], hi) // lo)
+            for (lo, hi), (to, _) in zip(old, new, strict=True)
+            if max(span[0], lo) < min(span[1], hi)
+        ]
+        stretches = merged(parts)
+        if len(stretches) > 1:
+            raise DoesNotFit
+        return stretches[0] if stretches else NOTHING
+
+    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
+        raise DoesNotFit
+    return move

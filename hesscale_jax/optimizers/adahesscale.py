@@ -1,0 +1,252 @@
+r"""AdaHesScale: Adam with the Hessian's diagonal in place of the gradient in its second moment.
+
+.. math::
+
+    m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+    v_t = \beta_2 v_{t-1} + (1 - \beta_2) h_t^2, \qquad
+    u_t = \hat{m}_t / (\sqrt{\hat{v}_t} + \varepsilon)
+
+The curvature :math:`h_t` arrives as the extra argument ``hess_diag``, so that any estimate of the
+diagonal can feed it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+Moment = Literal["squared", "abs"]
+
+# The power of the curvature that is averaged, and the root that brings it back to its units.
+_POWER_AND_ROOT: dict[Moment, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "squared": (jnp.square, jnp.sqrt),
+    "abs": (jnp.abs, lambda v: v),
+}
+
+
+class ScaleByHesScaleState(NamedTuple):
+    """State of :func:`scale_by_hesscale`."""
+
+    count: jax.Array  # type: ignore[assignment]  # Updates so far; shape=(), dtype=jnp.int32.
+    mu: optax.Updates  # EMA of the updates, in their dtype or in `mu_dtype`.
+    nu: optax.Updates  # EMA of the curvature's square or absolute value, in float32 at least.
+
+
+def scale_by_hesscale(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    moment: Moment = "squared",
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale updates by a running average of the Hessian's diagonal.
+
+    See :func:`adahesscale` for the formula and for an example.
+
+    Args:
+        b1: Decay rate of the average of the updates.
+        b2: Decay rate of the average of the curvature.
+        eps: Term added to the denominator, in units of curvature.
+        moment: What is averaged of the curvature: its square, whose root divides, or its absolute
+            value, which divides as it is.
+        mu_dtype: Dtype of the average of the updates; by default that of the parameters.
+
+    Returns:
+        An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` requires the keyword
+        argument ``hess_diag``, an array for each of the updates and of the same shape, and ignores
+        extra arguments unknown to it. The updates keep their dtypes; the arithmetic is done in
+        float32 at least. Where the updates hold :class:`optax.MaskedNode`, as inside
+        :func:`optax.masked`, ``hess_diag`` is not looked at.
+
+    Raises:
+        ValueError: If ``moment`` is not one of the above; from ``update``, if ``hess_diag`` differs
+            from the updates in structure or shape.
+        TypeError: From ``update``, if ``hess_diag`` is missing.
+    """
+    if moment not in _POWER_AND_ROOT:
+        raise ValueError(f"'moment' must be one of {list(_POWER_AND_ROOT)}, got {moment!r}.")
+    power, root = _POWER_AND_ROOT[moment]
+
+    def init_fn(params: optax.Params) -> ScaleByHesScaleState:
+        return ScaleByHesScaleState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_accumulator_dtype(p)), params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByHesScaleState,
+        params: optax.Params | None = None,
+        *,
+        hess_diag: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByHesScaleState]:
+        del params, extra_args
+        # nu's dtype is that of the arithmetic: the square of a half-precision curvature would
+        # overflow in its own.
+        h = _cast_like(_match(hess_diag, updates), state.nu)
+        g = _cast_like(updates, state.nu)
+
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(g, _cast_like(state.mu, state.nu), b1, 1)
+        nu = optax.tree.update_moment(jax.tree.map(power, h), state.nu, b2, 1)
+        t = count.astype(float)  # Strict dtype promotion refuses the power of an integer.
+        mu_hat = optax.tree.bias_correction(mu, b1, t)
+        nu_hat = optax.tree.bias_correction(nu, b2, t)
+        scaled = jax.tree.map(lambda m, v: m / (root(v) + eps), mu_hat, nu_hat)
+
+        state = ScaleByHesScaleState(
+            count=count, mu=_cast_like(mu, state.mu), nu=_cast_like(nu, state.nu)
+        )
+        return _cast_like(scaled, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adahesscale(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    moment: Moment = "squared",
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaHesScale: Adam with the Hessian's diagonal in place of the gradient in its second moment.
+
+    With the gradient :math:`g_t`, the diagonal :math:`h_t` of the Hessian or an estimate of it,
+    and the learning rate :math:`\alpha_t`, the updates are
+
+    .. math::
+
+        \begin{align*}
+          m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+          v_t &\leftarrow \beta_2 v_{t-1} + (1 - \beta_2) h_t^2 \\
+          \hat{m}_t &\leftarrow m_t / (1 - \beta_1^t) \\
+          \hat{v}_t &\leftarrow v_t / (1 - \beta_2^t) \\
+          u_t &\leftarrow -\alpha_t \hat{m}_t / \left(\sqrt{\hat{v}_t} + \varepsilon\right)
+        \end{align*}
+
+    With ``moment="abs"``, :math:`h_t^2` becomes :math:`|h_t|` and the root falls away. In both, a
+    gradient over a curvature is a length in parameter space: at :math:`\alpha_t = 1` the step is
+    Newton's, and unlike Adam's it is blind to the scale of each parameter.
+
+    Args:
+        learning_rate: A global scaling factor, either fixed or evolving along iterations with a
+            scheduler, see :func:`optax.scale_by_learning_rate`.
+        b1: Decay rate of the average of the gradients.
+        b2: Decay rate of the average of the curvature.
+        eps: Term added to the denominator, in units of curvature.
+        moment: ``"squared"`` or ``"abs"``, see above.
+        mu_dtype: Dtype of the average of the gradients; by default that of the parameters.
+        weight_decay: Strength of the weight decay, decoupled as in :func:`optax.adamw`: multiplied
+            by the learning rate, not by the curvature. None for no decay.
+        mask: A tree with the structure of the parameters or a prefix of it, or a callable that
+            returns one given the parameters: True where the weight decay applies.
+
+    Returns:
+        An :class:`optax.GradientTransformationExtraArgs`, whose ``update`` requires ``hess_diag``,
+        see :func:`scale_by_hesscale`; and ``params``, if there is weight decay.
+
+    Raises:
+        ValueError: As :func:`scale_by_hesscale`.
+        TypeError: As :func:`scale_by_hesscale`.
+
+    Examples:
+        A quadratic, whose Hessian's diagonal is known. However different its curvatures, every
+        parameter goes to its minimum at one rate:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from hesscale_jax.optimizers import adahesscale
+        >>> curvature = jnp.array([1e-3, 1.0, 1e3])
+        >>> def loss(params):
+        ...     return 0.5 * jnp.sum(curvature * params**2)
+        >>> params = jnp.ones(3)
+        >>> solver = adahesscale(learning_rate=0.1)
+        >>> state = solver.init(params)
+        >>> for _ in range(10):
+        ...     grad = jax.grad(loss)(params)
+        ...     updates, state = solver.update(grad, state, params, hess_diag=curvature)
+        ...     params = optax.apply_updates(params, updates)
+        >>> [round(float(p), 2) for p in params]
+        [0.23, 0.23, 0.23]
+
+    References:
+        Elsayed and Mahmood, `HesScale: Scalable Computation of Hessian Diagonals
+        <https://arxiv.org/abs/2210.11639>`_, 2022
+
+        Elsayed et al., `Revisiting Scalable Hessian Diagonal Approximations for Applications in
+        Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024
+
+    .. warning::
+        :func:`optax.MultiSteps` averages the updates of its micro-batches but hands on only the
+        last one's ``hess_diag``: average the two together, before ``update``. And
+        :func:`optax.apply_if_finite` looks at the updates alone: a NaN in ``hess_diag`` passes it.
+    """
+    decay = (
+        optax.identity()
+        if weight_decay is None
+        else optax.add_decayed_weights(weight_decay, mask=mask)
+    )
+    return optax.chain(
+        scale_by_hesscale(b1=b1, b2=b2, eps=eps, moment=moment, mu_dtype=mu_dtype),
+        decay,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _accumulator_dtype(array: ArrayLike) -> DTypeLike:
+    dtype = jnp.result_type(array)
+    return jnp.float32 if dtype.itemsize < 4 else dtype
+
+
+def _cast_like(tree: optax.Updates, other: optax.Updates) -> optax.Updates:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
+
+
+def _match(hess_diag: optax.Updates | None, updates: optax.Updates) -> optax.Updates:
+    """Returns `hess_diag` masked where `updates` is; raises if they differ in structure or shape.
+
+    `optax.masked` and `optax.multi_transform` mask the updates, but hand on extra arguments whole.
+    """
+    if hess_diag is None:
+        raise TypeError(
+            "scale_by_hesscale needs the extra argument 'hess_diag': call "
+            "update(updates, state, params, hess_diag=...) with the diagonal of the Hessian, for "
+            "example from hesscale_jax.hesscale. If you do pass it, some wrapper on the way does "
+            "not hand extra arguments on."
+        )
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    try:
+        matched = jax.tree.map(
+            lambda u, h: u if is_masked(u) else h, updates, hess_diag, is_leaf=is_masked
+        )
+        jax.tree.map(lambda h, u: None, matched, updates)  # Raises if `hess_diag` goes deeper.
+    except ValueError as error:
+        raise ValueError(
+            "'hess_diag' has a different structure from 'updates': "
+            f"{jax.tree.structure(hess_diag)} against {jax.tree.structure(updates)}"
+        ) from error
+
+    for (path, u), h in zip(
+        jax.tree.leaves_with_path(updates), jax.tree.leaves(matched), strict=True
+    ):
+        if jnp.shape(h) != jnp.shape(u):
+            at = jax.tree_util.keystr(path)
+            raise ValueError(
+                "'hess_diag' has a different shape from 'updates': "
+                f"hess_diag{at} is {jnp.shape(h)}, updates{at} is {jnp.shape(u)}"
+            )
+    return matched

@@ -1,0 +1,173 @@
+"""First and second derivatives of pointwise primitives, entry by entry.
+
+For ``y = phi(a, b, ...)`` a block needs the slopes ``phi_a`` and the curvatures ``phi_ab``. The
+common primitives have closed forms; the rest are differentiated by nested ``jax.jvp``. A derivative
+that is zero everywhere is left out, and one that is the same everywhere is a Python float, so that
+nothing is computed for either.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Equation
+
+__all__ = ["Pointwise", "binary", "linear", "nested", "unary"]
+
+# A derivative: a float if it is the same for every entry, a Boolean array if it is 0 or 1.
+Coefficient = Any
+Slopes = dict[int, Coefficient]  # by operand
+Curvatures = dict[tuple[int, int], Coefficient]  # by pair of operands, the smaller first
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointwise:
+    """The family of primitives whose Jacobian is diagonal: ``y = phi(a, b, ...)``, entrywise.
+
+    Attributes:
+      derivatives: ``(eqn, y, operands, positions) -> (slopes, curvatures)`` in the operands at
+        ``positions``.
+      affine: Whether ``y`` is affine in the operands at the given positions together.
+      own_jvp: Whether the shift is taken with the primitive's own ``jvp`` rather than with the
+        slopes. The former keeps JAX's conventions at kinks where there is no closed form.
+    """
+
+    derivatives: Callable[
+        [Equation, Any, Sequence[Any], Sequence[int]], tuple[Slopes, Curvatures]
+    ]
+    affine: Callable[[Sequence[int]], bool] = lambda positions: False
+    own_jvp: bool = False
+
+
+def unary(derivatives: Callable[[Any, Any], tuple[Coefficient, Coefficient]]) -> Pointwise:
+    """``y = f(x)`` from ``derivatives(x, y) -> (f'(x), f''(x))``."""
+
+    def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+        first, second = derivatives(operands[0], y)
+        return {0: first}, {(0, 0): second}
+
+    return Pointwise(closed)
+
+
+def binary(
+    first: Callable[..., Sequence[Coefficient]],
+    second: Callable[..., Curvatures] = lambda a, b, y: {},
+    affine: Callable[[Sequence[int]], bool] = lambda positions: False,
+) -> Pointwise:
+    """``y = f(a, b)`` from ``first(a, b, y) -> (f_a, f_b)`` and ``second(a, b, y) -> f_ab``."""
+
+    def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+        slopes = first(*operands, y)
+        curvatures = second(*operands, y)
+        return (
+            {i: slopes[i] for i in positions},
+            {(i, j): c for (i, j), c in curvatures.items() if i in positions and j in positions},
+        )
+
+    return Pointwise(closed, affine)
+
+
+def linear(*slopes: float) -> Pointwise:
+    """``y = c_0 a + c_1 b + ...`` with the same coefficients for every entry."""
+
+    def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+        return {i: slopes[i] for i in positions}, {}
+
+    return Pointwise(closed, affine=lambda positions: True)
+
+
+def _select(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    """``y = cases[which]``: the slope in a case is 1 where it was chosen, else 0."""
+    which = operands[0]
+    if which.dtype == jnp.bool_:
+        chosen = {1: lax.bitwise_not(which), 2: which}
+    else:
+        chosen = {i: lax.eq(which, lax.full_like(which, i - 1)) for i in positions}
+    return {i: chosen[i] for i in positions}, {}
+
+
+def _integer_pow(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    """``y = x^n``: n x^(n-1) and n (n-1) x^(n-2)."""
+    (x,), n = operands, eqn.params["y"]
+    slope = 0.0 if n == 0 else n * lax.integer_pow(x, n - 1)
+    if n in (0, 1):
+        return {0: slope}, {}
+    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(x, n - 2)}
+
+
+def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    """Any primitive, by ``jax.jvp`` along ones, twice."""
+    fun = _jaxpr.along(eqn, operands, positions)
+    pairs = [(i, j) for i in range(len(positions)) for j in range(i, len(positions))]
+
+    def derivatives(*xs: Any) -> Any:
+        first = [_partial(fun, i) for i in range(len(xs))]
+        second = [_partial(first[i], j) for i, j in pairs]
+        return [f(*xs) for f in (*first, *second)]
+
+    xs = [operands[i] for i in positions]
+    traced = _jaxpr.trace(derivatives, *xs)
+    found = core.jaxpr_as_fun(traced)(*xs)
+    keys = [*positions, *((positions[i], positions[j]) for i, j in pairs)]
+    zero = _jaxpr.zero_outputs(traced)
+    kept = {k: c for k, c, null in zip(keys, found, zero, strict=True) if not null}
+    slopes = {k: c for k, c in kept.items() if isinstance(k, int)}
+    return slopes, {k: c for k, c in kept.items() if isinstance(k, tuple)}
+
+
+def _partial(fun: Callable[..., Any], i: int) -> Callable[..., Any]:
+    """The derivative of an entrywise function in its operand ``i``."""
+
+    def derivative(*xs: Any) -> Any:
+        def along_i(x: Any) -> Any:
+            return fun(*xs[:i], x, *xs[i + 1 :])
+
+        return jax.jvp(along_i, (xs[i],), (lax.full_like(xs[i], 1),))[1]
+
+    return derivative
+
+
+def _erf(x: Any, y: Any) -> tuple[Any, Any]:
+    slope = 2 / math.sqrt(math.pi) * lax.exp(-x * x)
+    return slope, -2 * x * slope
+
+
+def _share(a: Any, b: Any, y: Any) -> Any:
+    """The slope of ``max`` or ``min`` in ``a``: 1 where it was taken, 1/2 in a tie."""
+    one = lax.full_like(y, 1)
+    taken = jnp.where(a == y, one, lax.full_like(y, 0))
+    return jnp.where((a == y) & (b == y), one / 2, taken)
+
+
+def _division(a: Any, b: Any, y: Any) -> Curvatures:
+    return {(0, 1): -1 / (b * b), (1, 1): 2 * y / (b * b)}
+
+
+nested = Pointwise(_nested, own_jvp=True)
+select = Pointwise(_select, affine=lambda positions: True)
+integer_pow = Pointwise(_integer_pow)
+
+exp = unary(lambda x, y: (y, y))
+expm1 = unary(lambda x, y: (y + 1, y + 1))
+log = unary(lambda x, y: (1 / x, -1 / (x * x)))
+log1p = unary(lambda x, y: ((d := 1 / (1 + x)), -d * d))
+tanh = unary(lambda x, y: ((d := (1 - y) * (1 + y)), -2 * y * d))
+logistic = unary(lambda x, y: ((d := y * (1 - y)), d * (1 - 2 * y)))
+sin = unary(lambda x, y: (lax.cos(x), -y))
+cos = unary(lambda x, y: (-lax.sin(x), -y))
+sqrt = unary(lambda x, y: ((d := 0.5 / y), -0.5 * d / x))
+rsqrt = unary(lambda x, y: ((d := -0.5 * (y / x)), -1.5 * d / x))
+square = unary(lambda x, y: (2 * x, 2.0))
+erf = unary(_erf)
+absolute = binary(lambda x, y: (lax.sign(x),), lambda x, y: {})
+
+mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
+div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
+extremum = binary(lambda a, b, y: (_share(a, b, y), _share(b, a, y)))

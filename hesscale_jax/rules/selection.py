@@ -1,0 +1,167 @@
+"""Primitives whose Jacobian holds only zeros and ones: they move entries, or add them up.
+
+    dy = J dx,   vy = J vx          since J*J = J
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Equation
+from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.rules.derivatives import Pointwise
+from hesscale_jax.rules.table import ByEquation
+
+__all__ = ["Join", "Reduction", "Selection", "View", "concatenate", "constant", "gather", "join", "selection", "view"]
+
+
+class Selection:
+    """``dy = J dx, vy = J vx``: the primitive's own ``jvp`` along the shift and the spread.
+
+    At ties (sort, window maxima) the entry that ``jax.grad`` picks is picked.
+    """
+
+    def __call__(self, eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+        primals = [x.primal for x in operands]
+        shifts = [x.shift for x in operands]
+        spreads = [x.spread for x in operands]
+        wide = spread_dtype(*(v.dtype for v in eqn.outputs if _jaxpr.is_inexact(v)))
+        return list(
+            map(
+                Moments,
+                _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn),
+                push(eqn, primals, shifts),
+                push(eqn, [_widened(x, wide) for x in primals], spreads),
+            )
+        )
+
+
+class View(Selection):
+    """A selection that only renames positions (reshape, broadcast): it may stand in a block."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction(Selection):
+    """``s = sum_k c_k u_k`` along axes of the first operand: always part of a block.
+
+    Attributes:
+      weights: ``(eqn, primals, result) -> c``, in the operand's shape, or 1.0 for a plain sum.
+      axes: The axes that an equation reduces.
+    """
+
+    weights: Callable[[Equation, Sequence[Any], Any], Any]
+    axes: Callable[[Equation], Sequence[int]] = lambda eqn: eqn.params["axes"]
+
+
+class Join(Selection):
+    """Arrays side by side along an axis on which each is one wide (``jnp.stack``).
+
+    ``y = sum_i [index on the axis = i] x_i``: inside a block it is pointwise.
+    """
+
+    inside = Pointwise(lambda eqn, y, operands, positions: _side_by_side(eqn, positions), own_jvp=True)
+
+    def dimensions(self, eqn: Equation) -> Sequence[int]:
+        """The dimensions of the result along which those of an operand run."""
+        rank = len(eqn.outputs[0].shape)
+        stacked = len(eqn.inputs[0].shape) < rank
+        return [i for i in range(rank) if not (stacked and i == _joined_axis(eqn))]
+
+
+class PiecewiseConstant:
+    """Primitives without a derivative (sign, floor, comparisons, stop_gradient): a path ends."""
+
+
+def _joined_axis(eqn: Equation) -> int:
+    return eqn.params["axis" if eqn.name == "stack" else "dimension"]
+
+
+def _side_by_side(eqn: Equation, positions: Sequence[int]) -> Any:
+    """Which entries of the result come from which operand: derivatives of 1 or 0."""
+    shape = [1] * len(eqn.outputs[0].shape)
+    shape[_joined_axis(eqn)] = count = len(eqn.inputs)
+    return {i: (np.arange(count) == i).reshape(shape) for i in positions}, {}
+
+
+def _concatenate(eqn: Equation, find: Any) -> Selection:
+    one_wide = all(v.shape[_joined_axis(eqn)] == 1 for v in eqn.inputs)
+    return join if one_wide else selection
+
+
+def push(eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    """The primitive's derivative along the tangents that are not ``None``, one per output."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    if not moving:
+        return [None] * len(eqn.outputs)
+    fun = _jaxpr.along(eqn, primals, moving)
+    _, pushed = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
+    return [
+        t if _jaxpr.is_inexact(v) else None
+        for t, v in zip(_jaxpr.listed(pushed, eqn), eqn.outputs, strict=True)
+    ]
+
+
+def _widened(x: Any, dtype: Any) -> Any:
+    return lax.convert_element_type(x, dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
+    """The extremum's one-hot; tied entries share the derivative evenly, as in JAX."""
+    (x,), axes = primals, eqn.params["axes"]
+    taken = (x == jnp.expand_dims(y, axes)).astype(x.dtype)
+    return taken / taken.sum(axes, keepdims=True)
+
+
+def _picked(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
+    """The one-hot of the entries that a gather picks."""
+    x, indices = primals
+    (one_hot,) = jax.linear_transpose(lambda x: _jaxpr.bind(eqn, x, indices), x)(lax.full_like(y, 1))
+    return one_hot
+
+
+def _picked_axis(eqn: Equation) -> Sequence[int]:
+    return eqn.params["dimension_numbers"].start_index_map
+
+
+def _gather(eqn: Equation, find: Any) -> Selection:
+    """One entry along one axis (as ``take_along_axis`` by label) is a reduction, a one-hot's sum."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    operand, indices = (v.shape for v in eqn.inputs)
+    axis = numbers.start_index_map
+    paired = dict(
+        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
+    whole = [i for i in range(len(operand)) if i not in (*axis, *numbers.operand_batching_dims)]
+    if (
+        len(axis) != 1
+        or axis != numbers.collapsed_slice_dims
+        or any(sizes[i] != operand[i] for i in whole)
+        or any(n != 1 for i, n in enumerate(indices) if i not in paired)
+    ):
+        return selection
+    # Which axis of the operand each axis of the result runs along: they must come in order.
+    from_indices, from_operand = iter(range(len(indices) - 1)), iter(whole)
+    rank = len(eqn.outputs[0].shape)
+    sources = [
+        next(from_operand) if i in numbers.offset_dims else paired.get(next(from_indices))
+        for i in range(rank)
+    ]
+    kept = [axis for axis in sources if axis is not None]
+    return pick if kept == sorted(kept) else selection
+
+
+selection = Selection()
+view = View()
+join = Join()
+concatenate = ByEquation(_concatenate)
+constant = PiecewiseConstant()
+summation = Reduction(lambda eqn, primals, y: 1.0)
+extremum = Reduction(_largest)
+pick = Reduction(_picked, _picked_axis)
+gather = ByEquation(_gather)

@@ -1,0 +1,246 @@
+"""``hesscale`` and ``value_and_hesscale``: pytrees and argnums in, (gradient, diagonal) out.
+
+HesScale is the transpose of forward moment propagation: the loss's shift is linear in the shifts
+and spreads of the parameters, and its transpose, applied to 1, is
+
+    d loss_shift / d shift  = gradient
+    d loss_shift / d spread = HesScale's approximation of the Hessian's diagonal
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hesscale_jax import _jaxpr
+from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.propagate import propagate
+from hesscale_jax.rules import RULES
+
+__all__ = ["hesscale", "value_and_hesscale"]
+
+CURVATURES = ("hessian", "gauss_newton")
+
+
+def hesscale(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    curvature: str = "hessian",
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Any]:
+    """The gradient of a loss and HesScale's approximation of its Hessian's diagonal.
+
+    It stands to :func:`value_and_hesscale` as ``jax.grad`` to ``jax.value_and_grad``, and takes the
+    same arguments.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns ``(grad, hess_diag)``, or
+      ``((grad, hess_diag), aux)`` if ``has_aux``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import hesscale_jax as hs
+      >>> def loss(w, x):
+      ...     return jnp.sum((x @ w) ** 2)
+      >>> grad, hess_diag = hs.hesscale(loss)(jnp.array([1.0, 2.0]), jnp.eye(2))
+      >>> print(grad, hess_diag)
+      [2. 4.] [2. 2.]
+    """
+    value_and = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
+
+    @functools.wraps(fun)
+    def hesscale_fun(*args: Any, **kwargs: Any) -> Any:
+        value, result = value_and(*args, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return hesscale_fun
+
+
+def value_and_hesscale(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    curvature: str = "hessian",
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Any]:
+    """A loss's value, gradient and HesScale's approximation of its Hessian's diagonal.
+
+    The loss is traced once; one forward and one backward pass give all three. The gradient is that
+    of ``jax.grad``. The diagonal is exact inside a block (pointwise equations and the reductions
+    between them, such as a softmax with its cross-entropy, or a normalisation) and drops
+    off-diagonal terms only between blocks.
+
+    Args:
+      fun: The loss: returns a real scalar, or ``(scalar, aux)`` if ``has_aux``. It is traced with
+        respect to the differentiated arguments, as under ``jax.jit``.
+      argnums: Which positional arguments to differentiate: an int, or a sequence of ints. Each is a
+        pytree of real floating-point arrays.
+      has_aux: Whether ``fun`` returns auxiliary data besides the loss.
+      curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives only in the loss's
+        head, after the last parameter: at least 0 where the head is convex. The head starts after
+        ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one.
+      rules: The rule of each primitive; a table of your own is ``hesscale_jax.RULES | {...}``.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns ``(value, (grad, hess_diag))``, or
+      ``((value, aux), (grad, hess_diag))`` if ``has_aux``. ``grad`` and ``hess_diag`` have the
+      structure, shapes and dtypes of the differentiated argument, and are tuples if ``argnums`` is
+      a sequence.
+
+    Raises:
+      TypeError: An argument to differentiate is not floating point or the loss is not a real
+        scalar. Raised while tracing, as are the others.
+      ValueError: ``curvature`` is unknown, or ``argnums`` does not fit the arguments.
+      UnsupportedPrimitiveError: A primitive on the way from the arguments to the loss has no rule.
+
+    References:
+      Elsayed and Mahmood, `HesScale: Scalable Computation of Hessian Diagonals
+      <https://arxiv.org/abs/2210.11639>`_, 2022
+
+      Elsayed et al., `Revisiting Scalable Hessian Diagonal Approximations for Applications in
+      Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024
+    """
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+
+    @functools.wraps(fun)
+    def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:
+        chosen = _positions(argnums, len(args))
+        leaves, tree = jax.tree.flatten([args[i] for i in chosen])
+        _check_differentiable(leaves, argnums)
+
+        def flat_fun(*leaves: Any) -> Any:
+            replaced = list(args)
+            for i, arg in zip(chosen, jax.tree.unflatten(tree, leaves), strict=True):
+                replaced[i] = arg
+            return fun(*replaced, **kwargs)
+
+        loss = _Loss(flat_fun, has_aux)
+        traced = _jaxpr.trace(loss, *leaves)
+        primals, transpose = transposed(_jaxpr.flatten(traced), leaves, rules, curvature)
+        (value, *aux) = primals
+        grads, diagonals = transpose(jnp.ones((), value.dtype))
+        diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
+        result = tuple(
+            found[0] if isinstance(argnums, int) else tuple(found)
+            for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, diagonals))
+        )
+        return ((value, loss.with_aux(aux)) if has_aux else value), result
+
+    return value_and_hesscale_fun
+
+
+def transposed(
+    program: _jaxpr.Program,
+    inputs: Sequence[Any],
+    rules: Mapping[Any, Any],
+    curvature: str,
+    spreads: bool = False,
+) -> tuple[list[Any], Callable[..., tuple[list[Any], list[Any]]]]:
+    """A program's outputs, and the transpose of its moment propagation.
+
+    The transpose takes a cotangent of the first output's shift, and one of its spread if
+    ``spreads``, and returns the cotangents of the inputs' shifts and spreads.
+    """
+    primals: list[Any] = []
+
+    def propagated(shifts: Sequence[Any], half_variances: Sequence[Any]) -> list[Any]:
+        moments = list(map(Moments, inputs, shifts, half_variances))
+        outputs = propagate(program, moments, rules, curvature, spreads)
+        primals.extend(x.primal for x in outputs)
+        y, shift, spread = outputs[0]
+        dtype = jnp.result_type(y)
+        results = [(shift, dtype), (spread, spread_dtype(dtype))][: 2 if spreads else 1]
+        return [jnp.zeros(jnp.shape(y), d) if x is None else x for x, d in results]
+
+    wide = [jnp.asarray(x, spread_dtype(jnp.result_type(x))) for x in inputs]
+    transpose = jax.linear_transpose(propagated, list(inputs), wide)
+    return primals, lambda *cotangents: transpose(list(cotangents))
+
+
+class _Loss:
+    """The function to trace: its loss first, then the arrays of its auxiliary data."""
+
+    def __init__(self, fun: Callable[..., Any], has_aux: bool) -> None:
+        self._fun = fun
+        self._has_aux = has_aux
+
+    def __call__(self, *leaves: Any) -> list[Any]:
+        result = self._fun(*leaves)
+        aux: Any = ()
+        if self._has_aux:
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    "with has_aux=True the loss must return a pair (scalar, aux), "
+                    f"got {type(result).__name__}"
+                )
+            result, aux = result
+        _check_loss(result)
+        self._leaves, self._tree = jax.tree.flatten(aux)
+        self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in self._leaves]
+        return [result, *(x for x, t in zip(self._leaves, self._traced, strict=True) if t)]
+
+    def with_aux(self, arrays: Sequence[Any]) -> Any:
+        """The auxiliary data, with the computed arrays in place of the traced ones."""
+        left = iter(arrays)
+        leaves = [next(left) if t else x for x, t in zip(self._leaves, self._traced, strict=True)]
+        return jax.tree.unflatten(self._tree, leaves)
+
+
+# Input checks, in the user's terms
+
+
+def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
+    found = []
+    for argnum in (argnums,) if isinstance(argnums, int) else tuple(argnums):
+        if not -count <= argnum < count:
+            raise ValueError(
+                f"differentiating with respect to argnums={argnums} requires more positional "
+                f"arguments than the {count} that were passed; arguments passed by keyword are "
+                "not differentiated"
+            )
+        found.append(argnum % count)
+    return found
+
+
+def _check_differentiable(leaves: Sequence[Any], argnums: int | Sequence[int]) -> None:
+    if not leaves:
+        raise TypeError(f"the argument at argnums={argnums} has no floating-point array to differentiate")
+    for leaf in leaves:
+        dtype = _dtype(leaf)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            described = type(leaf).__name__ if dtype is None else f"dtype {dtype.name}"
+            raise TypeError(
+                "hesscale requires real floating-point inputs to differentiate, got "
+                f"{described} at argnums={argnums}. Pass integers and other data in arguments "
+                "that argnums leaves out."
+            )
+
+
+def _check_loss(loss: Any) -> None:
+    dtype = _dtype(loss)
+    if dtype is None:
+        raise TypeError(
+            f"hesscale requires a loss that returns a real scalar, got {type(loss).__name__}. "
+            "If it returns auxiliary data too, pass has_aux=True."
+        )
+    if jnp.shape(loss):
+        raise TypeError(
+            f"hesscale requires a loss that returns a scalar, got shape {jnp.shape(loss)}. "
+            "Reduce it, with jnp.mean say."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"hesscale requires a loss that returns a real scalar, got dtype {dtype.name}")
+
+
+def _dtype(x: Any) -> Any:
+    """The dtype of an array or number, ``None`` for anything else."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        return jnp.result_type(x)
+    return None
