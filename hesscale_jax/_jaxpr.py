@@ -56,9 +56,9 @@ class Equation:
 
     primitive: core.Primitive
     params: dict[str, Any]
-    inputs: tuple[Value | Constant, ...]
+    inputs: tuple[Any, ...]  # each a Value or a Constant
     outputs: tuple[Value, ...]
-    source: core.JaxprEqn  # for the user's line and the context to bind in
+    sources: tuple[core.JaxprEqn, ...]  # where it comes from, then the calls around it
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class Program:
 
     inputs: list[Value]
     equations: list[Equation]
-    outputs: list[Value | Constant]
+    outputs: list[Any]  # each a Value or a Constant
 
 
 # Tracing and binding
@@ -100,18 +100,20 @@ def listed(results: Any, eqn: Equation) -> list[Any]:
 @contextlib.contextmanager
 def context(eqn: Equation) -> Iterator[None]:
     """What is bound inside carries the user's line, name scope and settings of ``eqn``."""
-    info = eqn.source.source_info
+    source = eqn.sources[0]
+    info = source.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.source.ctx.manager:
+    with source_info_util.user_context(info.traceback, name_stack=stack), source.ctx.manager:
         yield
 
 
 def location(eqn: Equation) -> str:
     """Where the user wrote the equation: ``file.py:41 (function)``."""
-    frame = source_info_util.user_frame(eqn.source.source_info.traceback)
-    if frame is None:
-        return "an unknown line"
-    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    for source in eqn.sources:
+        frame = source_info_util.user_frame(source.source_info.traceback)
+        if frame is not None:
+            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return "an unknown line"
 
 
 def is_inexact(value: Value) -> bool:
@@ -126,7 +128,7 @@ def flatten(closed: core.ClosedJaxpr) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs."""
     builder = _Builder()
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    outputs = builder.inline(closed, inputs, None)
+    outputs = builder.inline(closed, inputs)
     return Program(inputs, _needed(builder.equations, outputs), outputs)
 
 
@@ -139,9 +141,13 @@ class _Builder:
         self._constants: dict[Any, Constant] = {}
 
     def inline(
-        self, closed: core.ClosedJaxpr, operands: Sequence[Any], source: core.JaxprEqn | None
+        self,
+        closed: core.ClosedJaxpr,
+        operands: Sequence[Any],
+        callers: tuple[core.JaxprEqn, ...] = (),
+        written: bool = True,
     ) -> list[Any]:
-        """Append the equations of ``closed``; ``source`` overrides where they come from."""
+        """Append the equations of ``closed``, ``written`` by the user or by this library."""
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, map(self._constant, closed.consts), strict=True))
@@ -151,20 +157,21 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
+            results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                results = self.inline(eqn.params["jaxpr"], inputs, source)
+                results = self.inline(eqn.params["jaxpr"], inputs, (eqn, *callers))
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
-                results = self.inline(expanded, inputs, source or eqn)
+                results = self.inline(expanded, inputs, (eqn, *callers), written=False)
             else:
-                results = self._append(eqn, inputs, source or eqn)
+                results = self._append(eqn, inputs, (eqn, *callers) if written else callers)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, eqn: Any, inputs: tuple[Any, ...], source: Any) -> tuple[Value, ...]:
+    def _append(self, eqn: Any, inputs: tuple[Any, ...], sources: Any) -> tuple[Value, ...]:
         alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
         new = Equation(
-            eqn.primitive, eqn.params, inputs, tuple(Value(v.aval) for v in eqn.outvars), source
+            eqn.primitive, eqn.params, inputs, tuple(Value(v.aval) for v in eqn.outvars), sources
         )
         if not eqn.effects:
             for old in alike:
@@ -187,7 +194,7 @@ def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]
     wanted = set(map(id, outputs))
     kept = []
     for eqn in reversed(equations):
-        if eqn.source.effects or any(id(v) in wanted for v in eqn.outputs):
+        if eqn.sources[0].effects or any(id(v) in wanted for v in eqn.outputs):
             wanted.update(map(id, eqn.inputs))
             kept.append(eqn)
     return kept[::-1]
@@ -249,9 +256,7 @@ def zero_outputs(closed: core.ClosedJaxpr) -> list[bool]:
             return bool(atom.val == 0)
         eqn = made_by.get(atom)
         return (
-            eqn is not None
-            and eqn.primitive.name == "broadcast_in_dim"
-            and is_zero(eqn.invars[0])
+            eqn is not None and eqn.primitive.name == "broadcast_in_dim" and is_zero(eqn.invars[0])
         )
 
     return list(map(is_zero, closed.jaxpr.outvars))

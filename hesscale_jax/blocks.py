@@ -18,8 +18,8 @@ So reshapes, reduced values and implicit broadcasts are all read off the spans, 
 odds with itself when two equations put one value at different spans, or when two spans overlap.
 """
 
-import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -66,9 +66,7 @@ class Block:
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes of the frame that the block's reductions run over."""
-        return tuple(
-            i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ())
-        )
+        return tuple(i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ()))
 
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
@@ -79,14 +77,19 @@ class Block:
 
     # Growing a block: everything is checked before anything is changed
 
-    def place(self, placed: dict[Value, Spans], reduced: tuple[Span, ...] | None = None) -> None:
-        """Add values at their spans and, for a reduction, the spans it runs over."""
-        for value, spans in placed.items():
-            if self.spans.get(value, spans) != spans:
-                raise DoesNotFit
+    def place(
+        self,
+        placed: dict[Value, Spans],
+        reduced: tuple[Span, ...] | None = None,
+        bounds: Iterable[int] = (),
+    ) -> None:
+        """Add values at their spans, the spans that a reduction runs over, and other bounds."""
+        if any(self.spans.get(value, spans) != spans for value, spans in placed.items()):
+            raise DoesNotFit
         if reduced is not None and self._reduced not in (None, reduced):
             raise DoesNotFit
-        self._bounds = _refined(self._bounds, [*placed.values(), reduced or ()])
+        found = [span for spans in (*placed.values(), reduced or ()) for span in spans]
+        self._bounds = _refined(self._bounds, {*bounds, *itertools.chain(*found)})
         self._reduced = self._reduced if reduced is None else reduced
         self.spans.update(placed)
 
@@ -96,26 +99,21 @@ class Block:
 
     def absorb(self, other: "Block", move: Callable[[Span], Span]) -> None:
         """Take over another block, each span of whose frame is moved to one of this one's."""
-        axes = tuple(move(axis) for axis in other._axes())
         spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
         reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        bounds = _refined(self._bounds, [axes])
-        self.place(spans, reduced)
-        self._bounds = _refined(self._bounds, [((b, b),) for b in bounds])
+        self.place(spans, reduced, itertools.chain(*map(move, other._axes())))
 
 
 def _inside(axis: Span, spans: Iterable[Span]) -> bool:
     return any(lo <= axis[0] and axis[1] <= hi for lo, hi in spans)
 
 
-def _refined(bounds: list[int], spans: Iterable[Spans]) -> list[int]:
-    """The bounds with those of the spans among them, each dividing the next."""
-    new = {b for s in spans for span in s for b in span}.difference(bounds)
+def _refined(bounds: list[int], others: Iterable[int]) -> list[int]:
+    """The bounds with the others among them, each dividing the next."""
+    new = set(others).difference(bounds)
     if not new:
         return bounds
-    refined = list(bounds)
-    for b in new:
-        bisect.insort(refined, b)
+    refined = sorted({*bounds, *new})
     if any(b % a for a, b in zip(refined, refined[1:], strict=False)):
         raise DoesNotFit
     return refined
@@ -134,7 +132,7 @@ def row_major(shape: tuple[int, ...]) -> Spans:
 
 
 def broadcast(shape: tuple[int, ...], spans: Sequence[Span]) -> Spans:
-    """The spans of an operand of this shape in an elementwise equation whose result has ``spans``."""
+    """The spans of an operand of this shape, entry by entry with a result at ``spans``."""
     return tuple(s if n > 1 else NOTHING for n, s in zip(shape, spans, strict=False))
 
 
@@ -166,9 +164,7 @@ def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
     return tuple(result)
 
 
-def broadcast_behind(
-    spans: Spans, old: Value, new: Value, dimensions: Sequence[int]
-) -> Spans:
+def broadcast_behind(spans: Spans, old: Value, new: Value, dimensions: Sequence[int]) -> Spans:
     """The spans after an explicit broadcast of a value that does not fill its frame.
 
     A new dimension lies right behind the one before it.
@@ -205,7 +201,7 @@ class Plan:
 def plan(
     program: Program,
     moving: Iterable[Value],
-    wanted: Iterable[Value],
+    wanted: Iterable[Any],
     find: Callable[[Equation], Any],
 ) -> Plan:
     """Analyse a program.
@@ -223,7 +219,7 @@ def plan(
 def _paths(
     program: Program,
     moving: Iterable[Value],
-    wanted: Iterable[Value],
+    wanted: Iterable[Any],
     find: Callable[[Equation], Any],
 ) -> tuple[frozenset[Value], dict[Equation, Any]]:
     """The values on a differentiable path, and the rules of the equations that make them."""

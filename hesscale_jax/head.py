@@ -18,7 +18,7 @@ found equation by equation:
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from hesscale_jax._jaxpr import Constant, Equation, Program, Value
+from hesscale_jax._jaxpr import Equation, Program, Value
 
 __all__ = ["MODEL_OUTPUT", "loss_head"]
 
@@ -49,7 +49,9 @@ def loss_head(
         for value in eqn.inputs:
             readers[value].append(eqn)
 
-    tail, clear, head = set(), set(), set()  # clear: no entry from here on
+    tail: set[Equation] = set()
+    clear: set[Equation] = set()  # no entry from here on
+    head: set[Equation] = set()
     for eqn in reversed(path):
         after = [reader for value in eqn.outputs for reader in readers[value]]
         linear_after = tail.issuperset(after)
@@ -66,18 +68,12 @@ def _entries(program: Program, inputs: frozenset[Value], path: list[Equation]) -
     like = _parameter_like(program, inputs)
     if program.outputs[0] in like:
         like = inputs
-    return {
-        eqn
-        for eqn in path
-        if not like.isdisjoint(eqn.inputs) and like.isdisjoint(eqn.outputs)
-    }
+    return {eqn for eqn in path if not like.isdisjoint(eqn.inputs) and like.isdisjoint(eqn.outputs)}
 
 
 def _parameter_like(program: Program, inputs: frozenset[Value]) -> frozenset[Value]:
     like = set(inputs)
     for eqn in program.equations:
-        if not like.isdisjoint(eqn.inputs) and all(
-            v in like or not v.shape for v in eqn.inputs if isinstance(v, Value | Constant)
-        ):
+        if not like.isdisjoint(eqn.inputs) and all(v in like or not v.shape for v in eqn.inputs):
             like.update(eqn.outputs)
     return frozenset(like)

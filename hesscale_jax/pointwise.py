@@ -1,7 +1,7 @@
-"""The arithmetic inside a block (see :mod:`hesscale_jax.blocks`): exact, off-diagonal terms included.
+"""The arithmetic inside a block of :mod:`hesscale_jax.blocks`: exact, off-diagonal terms included.
 
-The *sources* of a block are the values it reads; their entries are taken as independent. Relative to
-them, a value ``v`` of the block has, at its own position,
+The *sources* of a block are the values it reads; their entries are taken as independent. Relative
+to them, a value ``v`` of the block has, at its own position,
 
     D[v, i]    dv/d(source i)
     U[v, j]    dv/d(s_j) for each reduction s_j of the block
@@ -15,9 +15,9 @@ and a reduction has ``w[j, i] = ds_j/d(source i)`` and, with the others, the cov
 
 and a value that leaves the block leaves with spread cov(v, v).
 
-Most values need none of this written out: whatever is computed from one value alone, its *root*, has
-a slope ``dv/d(root)``, and ``cov(a, b) = slope_a slope_b cov(root_a, root_b)``. Sources, reductions
-and results in which different roots meet are roots; only they have D and U.
+Most values need none of this written out: whatever is computed from one value alone, its *root*,
+has a slope ``dv/d(root)``, and ``cov(a, b) = slope_a slope_b cov(root_a, root_b)``. Sources,
+reductions and results in which different roots meet are roots; only they have D and U.
 """
 
 import dataclasses
@@ -156,9 +156,8 @@ class BlockArithmetic:
             return Derived(*next(iter(by_root.items())))
         made = Root({}, {})
         for root, slope in by_root.items():
-            for mine, its in ((made.of_source, root.of_source), (made.of_sum, root.of_sum)):
-                for key, coefficient in its.items():
-                    mine[key] = plus(mine.get(key), times(slope, coefficient))
+            _add(made.of_source, root.of_source, slope)
+            _add(made.of_sum, root.of_sum, slope)
         return Derived(made)
 
     def _bend(
@@ -184,8 +183,7 @@ class BlockArithmetic:
             w[source] = self._sum(times(c, d), repeated, missing=True)
         for j, u in root.of_sum.items():
             factor = self._sum(times(c, u), self._reduced, missing=True)
-            for source, w_j in j.of_source.items():
-                w[source] = plus(w.get(source), times(factor, w_j))
+            _add(w, j.of_source, factor)
         return w
 
     # Covariances: linear in the spreads of the sources
@@ -291,6 +289,12 @@ def plus(a: Coefficient, b: Coefficient) -> Coefficient:
     if a is None or b is None:
         return b if a is None else a
     return _number(a) + _number(b)
+
+
+def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:
+    """``to += factor * terms``, key by key."""
+    for key, term in terms.items():
+        to[key] = plus(to.get(key), times(factor, term))
 
 
 def _plain(x: Coefficient) -> Coefficient:

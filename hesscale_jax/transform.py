@@ -124,7 +124,7 @@ def value_and_hesscale(
         loss = _Loss(flat_fun, has_aux)
         traced = _jaxpr.trace(loss, *leaves)
         primals, transpose = transposed(_jaxpr.flatten(traced), leaves, rules, curvature)
-        (value, *aux) = primals
+        value, *aux = map(jnp.asarray, primals)
         grads, diagonals = transpose(jnp.ones((), value.dtype))
         diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
         result = tuple(
@@ -197,21 +197,28 @@ class _Loss:
 
 
 def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
-    found = []
+    """The differentiated arguments among ``count`` positional ones."""
+    found: list[int] = []
     for argnum in (argnums,) if isinstance(argnums, int) else tuple(argnums):
+        if not isinstance(argnum, int):
+            raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}")
         if not -count <= argnum < count:
             raise ValueError(
                 f"differentiating with respect to argnums={argnums} requires more positional "
                 f"arguments than the {count} that were passed; arguments passed by keyword are "
                 "not differentiated"
             )
+        if argnum % count in found:
+            raise ValueError(f"argnums={argnums} names an argument twice")
         found.append(argnum % count)
     return found
 
 
 def _check_differentiable(leaves: Sequence[Any], argnums: int | Sequence[int]) -> None:
     if not leaves:
-        raise TypeError(f"the argument at argnums={argnums} has no floating-point array to differentiate")
+        raise TypeError(
+            f"the argument at argnums={argnums} has no floating-point array to differentiate"
+        )
     for leaf in leaves:
         dtype = _dtype(leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -236,7 +243,9 @@ def _check_loss(loss: Any) -> None:
             "Reduce it, with jnp.mean say."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"hesscale requires a loss that returns a real scalar, got dtype {dtype.name}")
+        raise TypeError(
+            f"hesscale requires a loss that returns a real scalar, got dtype {dtype.name}"
+        )
 
 
 def _dtype(x: Any) -> Any:

@@ -49,7 +49,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("add", "add_any"), linear(1.0, 1.0)),
         "sub": linear(1.0, -1.0),
         "neg": linear(-1.0),
-        **dict.fromkeys(("convert_element_type", "copy", "copy_p", "name"), linear(1.0)),
+        **dict.fromkeys(("convert_element_type", "copy", "name"), linear(1.0)),
         **dict.fromkeys(("reduce_precision", "sharding_constraint"), linear(1.0)),
         "select_n": d.select,
         "mul": d.mul,
@@ -77,7 +77,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("polygamma", "pow", "rem", "sinh", "tan"), nested),
         "custom_jvp_call": custom_jvp,
         # Selections: views and reductions may stand in a block
-        **dict.fromkeys(("broadcast_in_dim", "expand_dims", "reshape", "squeeze"), view),
+        **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze"), view),
         "reduce_sum": summation,
         **dict.fromkeys(("reduce_max", "reduce_min"), extremum),
         "stack": join,
@@ -88,9 +88,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("scatter", "scatter-add"), selection),
         **dict.fromkeys(("rev", "transpose", "cumsum", "optimization_barrier"), selection),
         **dict.fromkeys(("cummax", "cummin", "sort", "top_k"), selection),
-        **dict.fromkeys(
-            ("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection
-        ),
+        **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection),
         # Multilinear
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
         # Piecewise constant: a path ends

@@ -7,6 +7,7 @@ from hesscale_jax.rules.table import ByEquation, Find
 
 __all__ = ["custom_jvp"]
 
+
 def _custom_jvp(eqn: Equation, find: Find) -> Pointwise | None:
     """An activation: a function that acts entry by entry. Its slope is the one its rule gives."""
     return nested if _is_pointwise(eqn, find) else None

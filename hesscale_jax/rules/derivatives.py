@@ -39,9 +39,7 @@ class Pointwise:
         slopes. The former keeps JAX's conventions at kinks where there is no closed form.
     """
 
-    derivatives: Callable[
-        [Equation, Any, Sequence[Any], Sequence[int]], tuple[Slopes, Curvatures]
-    ]
+    derivatives: Callable[[Equation, Any, Sequence[Any], Sequence[int]], tuple[Slopes, Curvatures]]
     affine: Callable[[Sequence[int]], bool] = lambda positions: False
     own_jvp: bool = False
 

@@ -1,6 +1,6 @@
-"""Products: linear in each operand, so a squared Jacobian is the product with the other one squared.
+"""Products, linear in each operand: the squared Jacobian is that of the other operand squared.
 
-    dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
+dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Primitives whose Jacobian holds only zeros and ones: they move entries, or add them up.
 
-    dy = J dx,   vy = J vx          since J*J = J
+dy = J dx,   vy = J vx          since J*J = J
 """
 
 import dataclasses
@@ -18,7 +18,18 @@ from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.table import ByEquation
 
-__all__ = ["Join", "Reduction", "Selection", "View", "concatenate", "constant", "gather", "join", "selection", "view"]
+__all__ = [
+    "Join",
+    "Reduction",
+    "Selection",
+    "View",
+    "concatenate",
+    "constant",
+    "gather",
+    "join",
+    "selection",
+    "view",
+]
 
 
 class Selection:
@@ -28,6 +39,7 @@ class Selection:
     """
 
     def __call__(self, eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+        """The moments of the results."""
         primals = [x.primal for x in operands]
         shifts = [x.shift for x in operands]
         spreads = [x.spread for x in operands]
@@ -65,7 +77,9 @@ class Join(Selection):
     ``y = sum_i [index on the axis = i] x_i``: inside a block it is pointwise.
     """
 
-    inside = Pointwise(lambda eqn, y, operands, positions: _side_by_side(eqn, positions), own_jvp=True)
+    inside = Pointwise(
+        lambda eqn, y, operands, positions: _side_by_side(eqn, positions), own_jvp=True
+    )
 
     def dimensions(self, eqn: Equation) -> Sequence[int]:
         """The dimensions of the result along which those of an operand run."""
@@ -121,8 +135,8 @@ def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
 def _picked(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
     """The one-hot of the entries that a gather picks."""
     x, indices = primals
-    (one_hot,) = jax.linear_transpose(lambda x: _jaxpr.bind(eqn, x, indices), x)(lax.full_like(y, 1))
-    return one_hot
+    pick_from = jax.linear_transpose(lambda x: _jaxpr.bind(eqn, x, indices), x)
+    return pick_from(lax.full_like(y, 1))[0]
 
 
 def _picked_axis(eqn: Equation) -> Sequence[int]:
@@ -130,7 +144,7 @@ def _picked_axis(eqn: Equation) -> Sequence[int]:
 
 
 def _gather(eqn: Equation, find: Any) -> Selection:
-    """One entry along one axis (as ``take_along_axis`` by label) is a reduction, a one-hot's sum."""
+    """A gather of one entry along one axis, as ``take_along_axis`` by label, is a reduction."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     operand, indices = (v.shape for v in eqn.inputs)
     axis = numbers.start_index_map

@@ -1,0 +1,59 @@
+# Every target does its own set-up, in $(VENV) and from $(PYTHON): nothing else has to be installed.
+#
+#   make test ARGS="-k adahesscale"        arguments for the program a target runs
+#   make test PYTHON=python3.13 VENV=.venv-next
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format benchmark-cost benchmark-quality clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-examples ## Train on handwritten digits: AdaHesScale beside Adam
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the tests and the examples in docstrings
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.installed-dev ## Check types
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Mend style and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+benchmark-cost: $(VENV)/.installed-benchmarks ## Measure time and memory against those of a gradient
+	$(BIN)/python benchmarks/cost.py $(ARGS)
+
+benchmark-quality: $(VENV)/.installed-benchmarks ## Measure the error against the exact diagonal
+	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+clean: ## Remove environments, caches and builds
+	rm -rf $(VENV) .venv-next .hypothesis .mypy_cache .pytest_cache .ruff_cache dist site
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras, renewed when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "hesscale_jax needs Python 3.11 or newer, but '$(PYTHON)' is" \
+	        "$$($(PYTHON) --version 2>/dev/null || echo missing). Name another one: make PYTHON=python3.12 ..." >&2; \
+	    exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    rm -rf $(VENV); \
+	    echo "'$(PYTHON)' cannot create a virtual environment; on Debian and Ubuntu install" \
+	        "python3-venv. Or name another one: make PYTHON=python3.12 ..." >&2; \
+	    exit 1; }
