@@ -10,8 +10,9 @@ one process, so that a change of the machine's speed meets all of them alike. Co
                   both relative to value_and_grad
     trace, compile   seconds, once, with JAX's caches cleared before
 
-A gradient takes three matrix products a layer and HesScale two more: 5/3 is the floor. Hutchinson
-is one sample, drawn anew in each call, with the value and the gradient.
+A gradient takes three matrix products a layer and HesScale two more, so that 5/3 is the floor (a
+little less, as the first layer needs no gradient of its input). Hutchinson is one sample, with the
+value and the gradient; drawing it is part of the call.
 
     python benchmarks/cost.py
     python benchmarks/cost.py --models gpt-256 3c3d-relu --rounds 50 --output cost.md
@@ -144,7 +145,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=COST_TASKS, default=list(COST_TASKS))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=COST_TASKS,
+        default=list(COST_TASKS),
+        metavar="MODEL",
+        help=", ".join(COST_TASKS),
+    )
     parser.add_argument("--curvature", nargs="+", choices=HESSCALE, default=list(HESSCALE))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="a .md or .json file to write")

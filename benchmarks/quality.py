@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from hutchinson import value_and_hutchinson
 from jax.flatten_util import ravel_pytree
 from models import QUALITY_TASKS, Params, Task, cross_entropy
@@ -31,104 +32,101 @@ from table import Table, write
 import hesscale_jax as hs
 
 WHOLE = "whole diagonal"
+SAMPLES = 50
 
 
-def second_derivative(fun: Callable[[Any], jax.Array], at: Any, along: Any) -> jax.Array:
-    """`v^T H v` of a scalar function, for a direction v."""
+def second_derivatives(fun: Callable[[Any], jax.Array], at: Any, along: Any) -> tuple[Any, ...]:
+    """`fun` at a point, and its first and second derivative along a direction."""
 
-    def slope(point: Any) -> jax.Array:
-        return jax.jvp(fun, (point,), (along,))[1]
+    def value_and_slope(point: Any) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(fun, (point,), (along,))
 
-    return jax.jvp(slope, (at,), (along,))[1]
+    (value, slope), (_, bend) = jax.jvp(value_and_slope, (at,), (along,))
+    return value, slope, bend
 
 
-def diagonal(quadratic_form: Callable[[Params], jax.Array], params: Params) -> Params:
-    """`e_i^T A e_i` for every coordinate i, A given by `v -> v^T A v`."""
+def exact_diagonals(
+    task: Task, params: Params, inputs: jax.Array, labels: jax.Array
+) -> tuple[Params, Params]:
+    """Of the Hessian, and of the generalised Gauss-Newton matrix, one coordinate after another.
+
+    With logits `z(p)` and loss `L(z)`, along a coordinate: `d2L/dp2 = L'' (dz/dp)^2 + L' d2z/dp2`,
+    whose first term is the Gauss-Newton matrix's.
+    """
     flat, unravel = ravel_pytree(params)
 
-    def entry(index: jax.Array) -> jax.Array:
-        return quadratic_form(unravel(jnp.zeros_like(flat).at[index].set(1.0)))
+    def loss(logits: jax.Array) -> jax.Array:
+        return cross_entropy(logits, labels)
 
-    return unravel(jax.lax.map(entry, jnp.arange(flat.size)))
+    def entries(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coordinate = unravel(jnp.zeros_like(flat).at[index].set(1.0))
+        logits, slope, bend = second_derivatives(
+            lambda p: task.predict(p, inputs), params, coordinate
+        )
+        *_, gauss_newton = second_derivatives(loss, logits, slope)
+        return gauss_newton + jnp.vdot(jax.grad(loss)(logits), bend), gauss_newton
 
-
-def exact_hessian(task: Task, params: Params, inputs: jax.Array, labels: jax.Array) -> Params:
-    def loss(p: Params) -> jax.Array:
-        return task.loss(p, inputs, labels)
-
-    return diagonal(lambda v: second_derivative(loss, params, v), params)
-
-
-def exact_gauss_newton(task: Task, params: Params, inputs: jax.Array, labels: jax.Array) -> Params:
-    def predict(p: Params) -> jax.Array:
-        return task.predict(p, inputs)
-
-    def quadratic_form(v: Params) -> jax.Array:
-        logits, shift = jax.jvp(predict, (params,), (v,))
-        return second_derivative(lambda z: cross_entropy(z, labels), logits, shift)
-
-    return diagonal(quadratic_form, params)
+    hessian, gauss_newton = jax.lax.map(entries, jnp.arange(flat.size))
+    return unravel(hessian), unravel(gauss_newton)
 
 
 def estimates(
     task: Task, key: jax.Array, params: Params, inputs: jax.Array, labels: jax.Array
 ) -> dict[str, Params]:
-    """Every column's estimate of the diagonal."""
+    """The diagonal by every method whose cost does not grow with the number of parameters."""
     args = params, inputs, labels
 
-    def sample(k: jax.Array) -> Params:
-        return value_and_hutchinson(task.loss)(k, *args)[1][1]
+    def sample(key: jax.Array) -> Params:
+        _, (_, estimate) = value_and_hutchinson(task.loss)(key, *args)
+        return estimate
 
-    samples = jax.lax.map(sample, jax.random.split(key, 50))
+    samples = jax.lax.map(sample, jax.random.split(key, SAMPLES))
     grad, hesscale = hs.hesscale(task.loss)(*args)
     _, hesscale_gn = hs.hesscale(task.loss, curvature="gauss_newton")(*args)
     return {
         "HesScale": hesscale,
         "HesScaleGN": hesscale_gn,
         "Hutchinson 1": jax.tree.map(lambda s: s[0], samples),
-        "Hutchinson 50": jax.tree.map(lambda s: s.mean(axis=0), samples),
-        "exact GGN": exact_gauss_newton(task, *args),
+        f"Hutchinson {SAMPLES}": jax.tree.map(lambda s: s.mean(axis=0), samples),
         "squared gradient": jax.tree.map(jnp.square, grad),
         "zero": jax.tree.map(jnp.zeros_like, params),
     }
 
 
 def absolute_sums(tree: Params) -> jax.Array:
-    """The sum of the absolute entries of every leaf, in the order of the leaves."""
-    return jnp.stack([jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)])
+    """The sum of the absolute entries of the whole tree, then of every leaf."""
+    sums = jnp.stack([jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)])
+    return jnp.concatenate([sums.sum(keepdims=True), sums])
 
 
 def measure(task: Task, seeds: int, advance: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Errors by parameter (and of the whole diagonal), then by estimate; means over the seeds."""
+    """The mean errors over the seeds: of the whole diagonal and of each parameter, by method."""
 
     @jax.jit
-    def sums(key: jax.Array, *args: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        exact = exact_hessian(task, *args)
-        errors = {
-            name: absolute_sums(jax.tree.map(jnp.subtract, estimate, exact))
-            for name, estimate in estimates(task, key, *args).items()
+    def errors(key: jax.Array, params: Params, *batch: jax.Array) -> dict[str, jax.Array]:
+        exact, gauss_newton = exact_diagonals(task, params, *batch)
+        by_method = estimates(task, key, params, *batch) | {"exact GGN": gauss_newton}
+        return {
+            name: absolute_sums(jax.tree.map(jnp.subtract, estimate, exact)) / absolute_sums(exact)
+            for name, estimate in by_method.items()
         }
-        return absolute_sums(exact), errors
 
     draws = []
     for seed in range(seeds):
         params, batch = task.draw(seed, jnp.float64)
-        exact, errors = jax.device_get(sums(jax.random.key(seed), params, *batch))
-        draws.append(
-            {name: np.array([e.sum() / exact.sum(), *e / exact]) for name, e in errors.items()}
-        )
+        draws.append(jax.device_get(errors(jax.random.key(seed), params, *batch)))
         advance()
 
-    leaves = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in leaf_paths(params)]
-    means = {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
+    means = jax.tree.map(lambda *draw: np.mean(draw, axis=0).tolist(), *draws)
     return {
-        leaf: {name: float(mean[index]) for name, mean in means.items()}
-        for index, leaf in enumerate([WHOLE, *leaves])
+        part: {method: mean[index] for method, mean in means.items()}
+        for index, part in enumerate([WHOLE, *parameter_names(params)])
     }
 
 
-def leaf_paths(params: Params) -> list[tuple[Any, jax.Array]]:
-    return jax.tree_util.tree_flatten_with_path(params)[0]
+def parameter_names(params: Params) -> list[str]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
 
 
 def table(title: str, results: dict[str, dict[str, float]]) -> Table:

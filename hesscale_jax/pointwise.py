@@ -106,9 +106,8 @@ class BlockArithmetic:
             bent = {pair: self._enter(_plain(c), spans) for pair, c in curvatures.items()}
         parts = {i: self._read(eqn.inputs[i]) for i in active}
         self._derived[value] = self._compose(parts, entered)
-        if shift is not None and shift.shape != value.shape:
-            shift = jnp.broadcast_to(shift, value.shape)
-        return Moments(y, total(shift, self._bend(parts, bent, value)))
+        shift = total(_as(shift, value), self._bend(parts, bent, value))
+        return Moments(y, shift)
 
     def reduction(self, eqn: Equation, rule: Reduction, operands: Sequence[Moments]) -> Moments:
         """``s = sum_k c_k u_k``."""
@@ -171,8 +170,7 @@ class BlockArithmetic:
             both = curvature if i == j else times(2.0, curvature)
             by_roots[pair] = plus(by_roots.get(pair), times(both, times(a.slope, b.slope)))
         terms = [times(q, self._cov(*pair)) for pair, q in by_roots.items()]
-        bent = self._leave(total(*terms), value)
-        return None if bent is None else lax.convert_element_type(bent, value.dtype)
+        return _as(self._leave(total(*terms), value), value)
 
     def _in_sources(self, root: Root, c: Coefficient) -> dict[Value, Coefficient]:
         """``w = c D_u + sum_j (sum_k c U_uj) w_j`` for a root ``u``."""
@@ -263,6 +261,13 @@ class BlockArithmetic:
         if present:
             x = jnp.sum(x, present, keepdims=True, dtype=self._dtype)
         return times(float(absent), x) if missing else x
+
+
+def _as(shift: Any, value: Value) -> Any:
+    """A shift in the value's shape and dtype."""
+    if shift is None:
+        return None
+    return lax.convert_element_type(jnp.broadcast_to(shift, value.shape), value.dtype)
 
 
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:

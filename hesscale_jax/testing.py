@@ -57,13 +57,12 @@ def check_rule(
         """The gradient and the diagonal in each argument, and the size of the terms in each."""
         results = []
         for i, x in enumerate(args):
-            jacobian = jax.jacobian(fun, i)(*args).reshape(out.size, x.size)
+            jacobian = jax.jacobian(fun, i)(*args).reshape(out.size, *x.shape)
             hessian = jax.hessian(fun, i)(*args).reshape(out.size, x.size, x.size)
-            bends = jnp.einsum("jii->ji", hessian)
-            grad = (g.ravel()[:, None] * jacobian).reshape(out.size, *x.shape)
-            first = (h.ravel()[:, None] * jacobian**2).reshape(out.size, *x.shape)
-            second = (g.ravel()[:, None] * bends).reshape(out.size, *x.shape)
-            results.append((grad, jnp.stack([*first, *second]) if out.size else first))
+            bends = jnp.einsum("jii->ji", hessian).reshape(jacobian.shape)
+            per_output = (out.size, *(1,) * x.ndim)
+            g_j, h_j = (c.reshape(per_output).astype(x.dtype) for c in (g, h))
+            results.append((g_j * jacobian, jnp.concatenate([h_j * jacobian**2, g_j * bends])))
         return results
 
     value, grads, diagonals = received(args)

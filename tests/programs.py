@@ -10,7 +10,7 @@ Many more than the tests draw are checked by
 import argparse
 import math
 import random
-import sys
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 
 import hesscale_jax as hs
-from hesscale_jax import testing
+from hesscale_jax import _jaxpr, testing
+from hesscale_jax.blocks import plan
+from hesscale_jax.rules.table import find
 
 RTOL = 1e-9
 FLOOR = 1e-3  # what counts as the size of derivatives that cancel
@@ -100,10 +102,13 @@ class Program:
         self.constants: dict[str, jax.Array] = {}
         self.nodes: list[Node] = []
         self.exact: list[Node] = []  # the inputs in which the diagonal is exact
+        self.moving: set[str] = set()  # what depends on an input
+        self.read: set[str] = set()
 
     def input(self, shape: Shape, exact: bool = False) -> Node:
         node = self._array(self.inputs, f"p{len(self.inputs)}", shape)
         self.exact += [node] if exact else []
+        self.moving.add(node.name)
         return node
 
     def constant(self, shape: Shape) -> Node:
@@ -118,14 +123,24 @@ class Program:
     def add(self, expression: str, shape: Sequence[int]) -> Node:
         node = Node(f"v{len(self.lines)}", tuple(shape))
         self.lines.append(f"{node} = {expression}")
+        operands = set(re.findall(r"\b[vpc]\d+\b", expression))
+        self.read |= operands
+        if not self.moving.isdisjoint(operands):
+            self.moving.add(node.name)
         self.nodes.append(node)
         return node
 
     def pick(self, fits: Callable[[Node], bool] = lambda node: True) -> Node | None:
-        """A node that fits, more often a recent one."""
+        """A node that fits, more often one that moves, and a recent one."""
         fitting = list(filter(fits, self.nodes))
+        if self.rng.random() < 0.8:
+            fitting = [x for x in fitting if x.name in self.moving] or fitting
         recent = fitting[-3:] if self.rng.random() < 0.6 else fitting
         return self.rng.choice(recent) if recent else None
+
+    def unread(self) -> list[Node]:
+        """The nodes that move with an input and that no line reads."""
+        return [x for x in self.nodes if x.name in self.moving - self.read]
 
     def choose(self, *options: Any) -> Any:
         return self.rng.choice(options)
@@ -265,9 +280,9 @@ def grow(program: Program, count: int, operations: Sequence[Callable] = OPERATIO
 
 
 def loss_of(program: Program) -> str:
-    """A scalar of the last nodes."""
-    ends = program.nodes[-program.rng.randint(1, 3) :]
-    return " + ".join(program.choose("jnp.sum({})", "jnp.mean({}**2)").format(x) for x in ends)
+    """A scalar of all that nothing has read."""
+    ends = ("jnp.sum({})", "jnp.mean({}**2)")
+    return " + ".join(program.choose(*ends).format(x) for x in program.unread())
 
 
 # Families
@@ -326,55 +341,295 @@ def grow_block(program: Program, frame: Shape, axes: tuple[int, ...]) -> Node:
             text = program.choose(*SMOOTH).format(f"{x}.reshape(-1)")
             program.add(f"({text}).reshape({frame})", frame)
 
-    for _ in range(program.rng.randint(2, 9)):
+    for _ in range(program.rng.randint(3, 10)):
         program.choose(
             *[lambda: unary(program), lambda: binary(program)] * 2,
             *[reduce_axes, restore] * 2,
             through_a_view,
         )()
-    return program.nodes[-1]
+    return meet(program, rank)
+
+
+def meet(program: Program, rank: int) -> Node:
+    """One node of all those of this rank that nothing has read yet, constants left out."""
+    unread = [x for x in program.unread() if len(x.shape) == rank]
+    z = unread.pop() if unread else program.nodes[-1]
+    for x in unread:
+        shape = np.broadcast_shapes(z.shape, x.shape)
+        z = program.add(program.choose(*BINARY).format(*program.choose((x, z), (z, x))), shape)
+    return z
+
+
+def views(rng: random.Random) -> Case:
+    """Pointwise equations, reductions over any axes and views, in shapes that are easy to confuse.
+
+    Now and then it is all one block, now and then a value comes back at another place.
+    """
+    program = Program(rng)
+    frame = rng.choice(((3, 3), (2, 2, 2), (2, 4), (2, 1, 2), (2, 3, 2), (3, 1, 3)))
+    program.input(frame)
+    if rng.random() < 0.4:
+        program.input(tuple(rng.choice((1, n)) for n in frame))
+    axes = subset(program, range(len(frame)))
+
+    def reduce() -> None:
+        if x := program.pick(lambda x: x.shape):
+            usual = len(x.shape) == len(frame) and rng.random() < 0.8
+            reduction(program, x, axes if usual else subset(program, range(len(x.shape))))
+
+    def pick() -> None:
+        if x := program.pick(lambda x: len(x.shape) >= 2):
+            axis = rng.randrange(len(x.shape))
+            labels = f"jnp.ones({without(x.shape, [axis], keepdims=True)}, int)"
+            text = f"jnp.take_along_axis({x}, {labels} % {x.shape[axis]}, {axis})"
+            program.add(text, without(x.shape, [axis], keepdims=True))
+
+    def reshape() -> None:
+        x, y = program.pick(), program.pick()
+        factors = [n for n in x.shape if n > 1]
+        shape = (x.shape[::-1], factors, (1, *factors), (*factors, 1), (math.prod(factors),), frame)
+        shape = rng.choice([s for s in shape if math.prod(s) == math.prod(x.shape)])
+        program.add(f"{x}.reshape({tuple(shape)})", shape)
+
+    def broadcast() -> None:
+        x = program.pick()
+        shape = rng.choice((frame, (2, *x.shape), (*frame, 2)))
+        if len(shape) >= len(x.shape) and broadcastable(
+            (1,) * (len(shape) - len(x.shape)) + x.shape, shape
+        ):
+            shape = np.broadcast_shapes(x.shape, shape)
+            program.add(f"jnp.broadcast_to({x}, {shape})", shape)
+
+    def stack() -> None:
+        x = program.pick()
+        y = program.pick(lambda y: y.shape == x.shape)
+        axis = rng.randint(0, len(x.shape))
+        shape = (*x.shape[:axis], 2, *x.shape[axis:])
+        program.add(f"jnp.stack([{x}, {y}], {axis})", shape)
+
+    operations = [lambda program, op=op: op() for op in (reduce, reduce, pick, reshape, broadcast)]
+    grow(program, rng.randint(3, 9), (unary, binary, binary, *operations, lambda p: stack()))
+    return case(program, str(program.unread()[-1]))
 
 
 def chain(rng: random.Random) -> Case:
     """Every entry reaches the loss along one path: entry by entry, moved about, mixed once."""
     program = Program(rng)
     x = program.input(rng.choice(SHAPES), exact=True)
-    mixed = False
+    together = False  # whether entries of x share a parameter's entry: mixing would part and join
     for _ in range(rng.randint(1, 5)):
-        kind = rng.choice(("entrywise", "selection", "parameter", "linear"))
-        before = len(program.nodes)
-        if kind == "entrywise":
-            x = program.add(rng.choice(SMOOTH + KINKED).format(x), x.shape)
-            if rng.random() < 0.5:
-                y = program.nodes[before - 1]
-                text = rng.choice(BINARY).format(x, y) if y.shape == x.shape else f"jnp.sin({x})"
-                x = program.add(text, x.shape) if y.name in program.lines[-1] else x
-        elif kind == "parameter":
-            p = program.input(x.shape, exact=True)
-            x = program.add(rng.choice(BINARY).format(*rng.sample([x, p], 2)), x.shape)
-        elif kind == "linear" and not mixed and len(x.shape) == 2:
-            w = program.constant((x.shape[1], 3))
-            x = program.add(f"{x} @ {w}", (x.shape[0], 3))
-            mixed = True
-        elif kind == "selection" and x.shape:
-            order = rng.sample(range(len(x.shape)), len(x.shape))
-            text, shape = rng.choice(
-                [
-                    (f"jnp.transpose({x}, {order})", tuple(x.shape[i] for i in order)),
-                    (f"{x}[::-1]", x.shape),
-                    (f"{x}[1:]" if x.shape[0] > 1 else f"{x}[:1]", (max(x.shape[0] - 1, 1),)
-                     + x.shape[1:]),
-                    (f"jnp.concatenate([{x}, jnp.square({x})])", (2 * x.shape[0], *x.shape[1:])),
-                    (f"{x}.reshape(-1)", (math.prod(x.shape),)),
-                    (f"{x}[jnp.array([0, -1])]", (2, *x.shape[1:])),
-                ]
-            )
-            x = program.add(text, shape)
+        step = rng.choice((own_function, with_parameter, moved, mixed))
+        if step is moved or not (step is mixed and (together or len(x.shape) != 2)):
+            x, together = step(program, x), together or step is mixed
+        if step is moved and rng.random() < 0.3 and x.shape:
+            x = program.add(f"jnp.concatenate([{x}, jnp.sin({x})])", double(x.shape))
+            together = True
     return case(program, rng.choice(("jnp.sum({})", "jnp.mean({}**2)")).format(x))
 
 
-FAMILIES: dict[str, Callable[[random.Random], Case]] = {}
+def double(shape: Shape) -> Shape:
+    return (2 * shape[0], *shape[1:])
+
+
+def own_function(program: Program, x: Node) -> Node:
+    y = program.add(program.choose(*SMOOTH, *KINKED).format(x), x.shape)
+    if program.rng.random() < 0.5:
+        return y
+    return program.add(program.choose(*BINARY).format(*program.choose((x, y), (y, x))), x.shape)
+
+
+def with_parameter(program: Program, x: Node) -> Node:
+    p = program.input(x.shape, exact=True)
+    return program.add(program.choose(*BINARY).format(*program.choose((x, p), (p, x))), x.shape)
+
+
+def mixed(program: Program, x: Node) -> Node:
+    return program.add(f"{x} @ {program.constant((x.shape[1], 3))}", (x.shape[0], 3))
+
+
+def moved(program: Program, x: Node) -> Node:
+    if not x.shape:
+        return program.add(f"{x}[None]", (1,))
+    order = program.rng.sample(range(len(x.shape)), len(x.shape))
+    half = max(x.shape[0] // 2, 1)
+    return program.add(
+        *program.choose(
+            (f"jnp.transpose({x}, {order})", [x.shape[i] for i in order]),
+            (f"{x}[::-1]", x.shape),
+            (f"{x}[:{half}]", (half, *x.shape[1:])),
+            (f"{x}.reshape(-1)", (math.prod(x.shape),)),
+            (f"jnp.roll({x}, 1, 0)", x.shape),
+            (f"{x}[jnp.array([{x.shape[0] - 1}])]", (1, *x.shape[1:])),
+        )
+    )
+
+
+def last_layer(rng: random.Random, bent: bool = True) -> Case:
+    """A last linear layer of a random model, and a head that is one block of each example.
+
+    Its weight is a function of another entry by entry, now and then, if ``bent``.
+    """
+    program = Program(rng)
+    batch, width, classes = rng.choice(((3, 2, 4), (2, 3, 3), (1, 4, 2), (4, 1, 3), (3, 3, 1)))
+    x = hidden(program, (batch, width))
+    logits = linear(program, x, classes, bent)
+    program.nodes = [logits, program.constant((batch, classes)), program.constant(())]
+    z = grow_block(program, logits.shape, (1,))
+    return case(program, rng.choice(("jnp.sum({})", "jnp.mean({})")).format(z))
+
+
+def plain_last_layer(rng: random.Random) -> Case:
+    """Here all curvature in the last layer is the head's."""
+    return last_layer(rng, bent=False)
+
+
+def linear(program: Program, x: Node, classes: int, bent: bool = True) -> Node:
+    """``x @ weight + bias``."""
+    weight = program.input((x.shape[1], classes), exact=True)
+    if bent and program.rng.random() < 0.3:
+        weight = own_function(program, weight)
+    logits = program.add(f"{x} @ {weight}", (x.shape[0], classes))
+    if program.rng.random() < 0.7:
+        bias = program.input((1, classes), exact=True)
+        logits = program.add(f"{logits} + {bias}", logits.shape)
+    return logits
+
+
+def hidden(program: Program, shape: Shape) -> Node:
+    """Data, or what a random model makes of data."""
+    x = program.constant(shape)
+    if program.rng.random() < 0.5:
+        program.input(shape[1:])
+        program.input((1, shape[1]))
+        grow(program, program.rng.randint(1, 6))
+        y = program.pick()
+        program.add(f"{x} + jnp.tanh(jnp.resize({y}, {shape}))", shape)
+    return program.nodes[-1]
+
+
+def units(rng: random.Random) -> Case:
+    """Layers of one unit: ``h = f(w h + b)`` with ``f`` a random function of one value."""
+    program = Program(rng)
+    batch = rng.choice((1, 3, 4))
+    h = program.constant((batch, 1))
+    for _ in range(rng.randint(1, 4)):
+        h = own_function(program, linear(program, h, 1))
+    return case(program, rng.choice(("jnp.mean({})", "jnp.sum({}**2)")).format(h))
+
+
+def penalized(rng: random.Random) -> Case:
+    """An L2 penalty, added to a loss whose diagonal is exact."""
+    fun, args, exact = rng.choice((chain, last_layer, units))(rng)
+    rate = rng.choice((0.1, 2.0))
+
+    def f(*args: jax.Array) -> jax.Array:
+        return fun(*args) + rate * sum(jnp.sum(x**2) for x in args)
+
+    f.__doc__ = f"{fun.__doc__}\n+ {rate} * sum of squares"
+    return Case(f, args, exact)
+
+
+def convex(rng: random.Random) -> Case:
+    """A convex loss of a random model's output, which is named or the last linear layer's."""
+    program = Program(rng)
+    z = linear(program, hidden(program, (3, 2)), 4)
+    if rng.random() < 0.5:
+        z = program.add(f"name({own_function(program, z)}, 'model_output')", z.shape)
+    target = program.constant(z.shape)
+    return case(program, f"{rng.choice(list(HEADS))}({z}, {target})")
+
+
+# What must hold
+
+
+def check_gradient(test: Case) -> None:
+    """The gradient is that of ``jax.grad``; the diagonal is finite."""
+    check_diagonal(test._replace(exact=[]))
+
+
+def check_diagonal(test: Case, curvature: str = "hessian") -> list[Any]:
+    """The gradient is right everywhere, the diagonal where it is exact."""
+    fun, args, exact = test
+    everywhere = range(len(args))
+
+    @jax.jit
+    def both(*args: jax.Array) -> Any:
+        hessians = [jax.hessian(fun, i)(*args).reshape(2 * (args[i].size,)) for i in exact]
+        expected = jax.grad(fun, everywhere)(*args), hessians
+        return hs.hesscale(fun, everywhere, curvature=curvature)(*args), expected
+
+    (grads, diagonals), (expected, hessians) = both(*args)
+    scale = max(FLOOR, *(np.abs(g).max() for g in expected))
+    for i, (grad, want) in enumerate(zip(grads, expected, strict=True)):
+        assert np.isfinite(diagonals[i]).all(), f"hess_diag {i} is not finite"
+        np.testing.assert_allclose(grad, want, rtol=0, atol=RTOL * scale, err_msg=f"gradient {i}")
+    for i, hessian in zip(exact, hessians, strict=True):
+        scale = max(FLOOR, np.abs(hessian).max())
+        np.testing.assert_allclose(
+            diagonals[i].ravel(), np.diag(hessian), rtol=0, atol=RTOL * scale, err_msg=f"diag {i}"
+        )
+    return list(diagonals)
+
+
+def check_gauss_newton(test: Case) -> None:
+    """Gauss-Newton is exact too."""
+    check_diagonal(test, "gauss_newton")
+
+
+def check_block(test: Case) -> None:
+    """The whole is one block: gradient and diagonal are those of dense algebra."""
+    testing.check_rule(test.fun, *test.args, key=jax.random.key(1), rtol=RTOL)
+
+
+def check_if_one_block(test: Case) -> None:
+    """Where the analysis finds one block, it may: the whole is exact."""
+    program = _jaxpr.flatten(_jaxpr.trace(test.fun, *test.args))
+    found = plan(program, program.inputs, program.outputs, lambda eqn: find(hs.RULES, eqn))
+    if found.rules.keys() == found.blocks.keys() and len(set(found.blocks.values())) == 1:
+        check_block(test)
+
+
+def check_convex(test: Case) -> None:
+    """Gauss-Newton is not negative."""
+    for i, h in enumerate(check_diagonal(test._replace(exact=[]), "gauss_newton")):
+        assert np.min(h) >= -1e-12 * max(FLOOR, np.abs(h).max()), f"negative hess_diag {i}"
+
+
+FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None]]] = {
+    "anything": (anything, check_gradient),
+    "block": (block, check_block),
+    "views": (views, check_if_one_block),
+    "chain": (chain, check_diagonal),
+    "last_layer": (last_layer, check_diagonal),
+    "plain_last_layer": (plain_last_layer, check_gauss_newton),
+    "units": (units, check_diagonal),
+    "penalized": (penalized, check_diagonal),
+    "convex": (convex, check_convex),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="programs of each family")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    options = parser.parse_args()
+    for family in options.family or FAMILIES:
+        draw, check = FAMILIES[family]
+        failures = 0
+        for seed in range(options.start, options.start + options.count):
+            test = draw(random.Random(seed))
+            try:
+                check(test)
+            except Exception:
+                failures += 1
+                print(f"--- {family} {seed}\n{test.fun.__doc__}\n{traceback.format_exc(limit=-2)}")
+            if seed % 50 == 49:
+                jax.clear_caches()
+        print(f"{family}: {failures} of {options.count} failed", flush=True)
 
 
 if __name__ == "__main__":
-    pass
+    import conftest  # noqa: F401
+
+    main()

@@ -45,11 +45,11 @@ class Pointwise:
 
 
 def unary(derivatives: Callable[[Any, Any], tuple[Coefficient, Coefficient]]) -> Pointwise:
-    """``y = f(x)`` from ``derivatives(x, y) -> (f'(x), f''(x))``."""
+    """``y = f(x)`` from ``derivatives(x, y) -> (f'(x), f''(x))``; ``None`` where it is zero."""
 
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         first, second = derivatives(operands[0], y)
-        return {0: first}, {(0, 0): second}
+        return {0: first}, {} if second is None else {(0, 0): second}
 
     return Pointwise(closed)
 
@@ -164,7 +164,7 @@ sqrt = unary(lambda x, y: ((d := 0.5 / y), -0.5 * d / x))
 rsqrt = unary(lambda x, y: ((d := -0.5 * (y / x)), -1.5 * d / x))
 square = unary(lambda x, y: (2 * x, 2.0))
 erf = unary(_erf)
-absolute = binary(lambda x, y: (lax.sign(x),), lambda x, y: {})
+absolute = unary(lambda x, y: (lax.sign(x), None))
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
 div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))

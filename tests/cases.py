@@ -1,0 +1,310 @@
+"""One line per case: a function that is one rule or one block, and where to evaluate it.
+
+Shapes are asymmetric, except where a square one could hide a transposition.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen, nnx
+from jax import lax, nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.scipy import special
+
+LABELS = np.array([0, 3, 2, 5])
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    """Standard normal entries."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def positive(*shape: int, seed: int = 0) -> jax.Array:
+    """Uniform entries in [0.3, 1.3)."""
+    return 0.3 + jax.random.uniform(jax.random.key(seed), shape, jnp.float64)
+
+
+def inside(*shape: int) -> jax.Array:
+    """Uniform entries in [-0.9, 0.9)."""
+    return jax.random.uniform(jax.random.key(7), shape, jnp.float64, -0.9, 0.9)
+
+
+x, w = normal(4, 6), normal(4, 6, seed=1)
+a, b = positive(4, 6), positive(4, 6, seed=1)
+image = normal(2, 3, 2, 6)
+
+Case = tuple[Callable[..., Any], *tuple[Any, ...]]
+
+UNARY: dict[str, Case] = {
+    "abs": (jnp.abs, x),
+    "acos": (jnp.arccos, inside(4, 6)),
+    "acosh": (jnp.arccosh, 1 + a),
+    "asin": (jnp.arcsin, inside(4, 6)),
+    "asinh": (jnp.arcsinh, x),
+    "atan": (jnp.arctan, x),
+    "atanh": (jnp.arctanh, inside(4, 6)),
+    "bessel_i0e": (lax.bessel_i0e, a),
+    "bessel_i1e": (lax.bessel_i1e, a),
+    "cbrt": (jnp.cbrt, a),
+    "clamp": (lambda x: lax.clamp(-0.5, x * x, 0.5) * x, x),
+    "convert_element_type": (lambda x: x.astype(jnp.float32) * 2, x),
+    "copy": (lambda x: jnp.array(x, copy=True), x),
+    "cos": (jnp.cos, x),
+    "cosh": (jnp.cosh, x),
+    "digamma": (special.digamma, a),
+    "erf": (lax.erf, x),
+    "erf_inv": (lax.erf_inv, inside(4, 6)),
+    "erfc": (lax.erfc, x),
+    "exp": (jnp.exp, x),
+    "exp2": (jnp.exp2, x),
+    "expm1": (jnp.expm1, x),
+    "integer_pow": (lambda x: x**3 + x**-2 + x**5, a),
+    "integer_pow of degree 0 and 1": (lambda x: x * lax.integer_pow(x, 0) + x**1, a),
+    "lgamma": (special.gammaln, a),
+    "log": (jnp.log, a),
+    "log1p": (jnp.log1p, a),
+    "log2": (jnp.log2, a),
+    "logistic": (nn.sigmoid, x),
+    "name": (lambda x: checkpoint_name(x * x, "square"), x),
+    "neg": (lambda x: -x, x),
+    "polygamma": (lambda x: special.polygamma(1, x), a),
+    "reduce_precision": (lambda x: lax.reduce_precision(x * x, 11, 52), x),
+    "rsqrt": (lax.rsqrt, a),
+    "sharding_constraint": (lambda x: constrained(x) ** 2, x),
+    "sin": (jnp.sin, x),
+    "sinh": (jnp.sinh, x),
+    "sqrt": (jnp.sqrt, a),
+    "square": (jnp.square, x),
+    "tan": (jnp.tan, inside(4, 6)),
+    "tanh": (jnp.tanh, x),
+    "tanh of a scalar": (jnp.tanh, normal()),
+    "tanh of size 1": (jnp.tanh, normal(1, 1)),
+    "1 - x^2": (lambda x: 1 - x * x, x),
+}
+
+BINARY: dict[str, Case] = {
+    "add": (jnp.add, x, w),
+    "add of one value twice": (lambda x: x + x, x),
+    "add with broadcasting": (jnp.add, x, normal(1, 6)),
+    "atan2": (jnp.arctan2, x, w),
+    "div": (jnp.divide, x, a),
+    "div of and by functions of one value": (lambda x: jnp.sin(x) / (2 + jnp.cos(x)), x),
+    "logaddexp": (jnp.logaddexp, x, w),
+    "max": (jnp.maximum, x, w),
+    "max and min times their operands": (
+        lambda x, w: jnp.maximum(x, w) * x + jnp.minimum(x * w, w),
+        x,
+        w,
+    ),
+    "min": (jnp.minimum, x, w),
+    "mul": (jnp.multiply, x, w),
+    "mul of one value twice": (lambda x: x * x * x, x),
+    "mul with a column and a row": (
+        lambda c, r: jnp.tanh(jnp.exp(c) * r),
+        positive(4, 1),
+        normal(1, 6),
+    ),
+    "mul with a scalar": (lambda x, t: x * jnp.exp(t), x, normal()),
+    "pow": (jnp.power, a, w),
+    "pow by a constant": (lambda a: a**1.7, a),
+    "rem": (lambda x: lax.rem(x, jnp.full_like(x, 0.7)) * x, x),
+    "select_n": (lambda x, w: jnp.where(x > 0, x * w, w * w), x, w),
+    "select_n of three": (
+        lambda x, w: lax.select_n(np.arange(24).reshape(4, 6) % 3, x, w, x * w),
+        x,
+        w,
+    ),
+    "select_n with a scalar predicate": (lambda x, w: lax.select_n(x[0, 0] > 0, x, w * w), x, w),
+    "sub": (jnp.subtract, x, w),
+    "xlogy": (lambda x: special.xlogy(x, x + 2), a),
+}
+
+SELECTION: dict[str, Case] = {
+    "broadcast_in_dim": (lambda x: lax.broadcast_in_dim(x, (3, 4, 5, 6), (1, 3)), x),
+    "concatenate": (lambda x, w: jnp.concatenate([x, w], 1), x, w),
+    "cummax": (lambda x: lax.cummax(x, 1), x),
+    "cummin": (lambda x: lax.cummin(x, 0), x),
+    "cumsum": (lambda x: jnp.cumsum(x, 0), x),
+    "dynamic_slice": (lambda x: lax.dynamic_slice(x, (1, 2), (2, 3)), x),
+    "dynamic_update_slice": (lambda x, u: lax.dynamic_update_slice(x, u, (1, 2)), x, normal(2, 3)),
+    "gather": (lambda x: x[np.array([0, 0, 2])], x),
+    "gather by label": (lambda x: jnp.take_along_axis(x, LABELS[:, None], 1), x),
+    "gather of several": (
+        lambda x: jnp.take_along_axis(x, LABELS[:2, None] * np.array([[0, 1]]), 1),
+        x[:2],
+    ),
+    "optimization_barrier": (lambda x, w: lax.optimization_barrier((x, w))[1], x, w),
+    "pad": (lambda x: lax.pad(x, 0.0, ((1, 2, 1), (-1, 0, 0))), x),
+    "reduce_max": (lambda x: x.max(1), x),
+    "reduce_max, squared": (lambda x: x.max(1) ** 2, x),
+    "reduce_min": (lambda x: x.min(0), x),
+    "reduce_sum": (lambda x: x.sum(1), x),
+    "reduce_sum over nothing": (lambda x: x.sum(0) ** 2, normal(1, 6)),
+    "reduce_window_max": (lambda x: linen.max_pool(x, (2, 2), (1, 2), "SAME"), normal(2, 5, 4, 3)),
+    "reduce_window_min": (lambda x: linen.pooling.min_pool(x, (2, 2), (1, 2)), normal(2, 5, 4, 3)),
+    "reduce_window_sum": (
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 2, 1), "VALID"),
+        normal(2, 5, 4, 3),
+    ),
+    "reshape": (lambda x: x.reshape(3, 8), x),
+    "rev": (lambda x: x[:, ::-1], x),
+    "scatter": (lambda x, u: x.at[np.array([0, 2])].set(u), x, normal(2, 6)),
+    "scatter-add": (lambda x, u: x.at[np.array([2, 2])].add(u), x, normal(2, 6)),
+    "slice": (lambda x: x[1:4:2, 2:], x),
+    "sort": (lambda x: jnp.sort(x, 0), x),
+    "split": (lambda x: jnp.split(x, (1, 3), axis=1)[1], x),
+    "squeeze": (lambda x: lax.squeeze(x, (0,)), normal(1, 6)),
+    "stack": (lambda x, w: jnp.stack([x, w], 1), x, w),
+    "tile": (lambda x: jnp.tile(x, (2, 3)), x),
+    "top_k": (lambda x: lax.top_k(x, 3)[0], x),
+    "transpose": (lambda x: x.T, x),
+    "unstack": (lambda x: jnp.unstack(x, axis=1)[2], x),
+}
+
+MULTILINEAR: dict[str, Case] = {
+    "dot_general": (jnp.matmul, normal(3, 5), normal(5, 2, seed=1)),
+    "dot_general, square": (jnp.matmul, normal(3, 3), normal(3, 3, seed=1)),
+    "dot_general with a batch": (lambda x, w: jnp.einsum("bij,bkj->bik", x, w), normal(2, 3, 4), normal(2, 5, 4)),
+    "dot_general over two axes": (lambda x, w: jnp.einsum("ijk,kjl->il", x, w), normal(2, 3, 4), normal(4, 3, 5)),
+    "conv_general_dilated": (lambda x, k: convolved(x, k, (1, 2), "SAME"), normal(2, 3, 6, 5), normal(4, 3, 3, 2)),
+    "conv in groups, dilated": (
+        lambda x, k: convolved(x, k, (1, 2), "VALID", rhs_dilation=(2, 1), feature_group_count=2),
+        normal(2, 4, 6, 5), normal(6, 2, 3, 2),
+    ),
+    "conv transposed": (
+        lambda x, k: convolved(x, k, (1, 1), ((2, 1), (1, 1)), lhs_dilation=(2, 3)),
+        normal(2, 3, 3, 2), normal(4, 3, 3, 2),
+    ),
+}  # fmt: skip
+
+ACTIVATIONS = (
+    "celu elu gelu hard_sigmoid hard_silu hard_swish hard_tanh identity leaky_relu log_sigmoid mish "
+    "relu relu6 selu sigmoid silu soft_sign softplus sparse_plus sparse_sigmoid squareplus swish tanh"
+).split()
+
+BLOCKS: dict[str, Case] = {
+    **{name: (getattr(nn, name), x) for name in ACTIVATIONS},
+    "gelu, exact": (lambda x: nn.gelu(x, approximate=False), x),
+    "glu": (nn.glu, x),
+    "relu squared": (lambda x: nn.relu(x) ** 2, x),
+    # Softmax and relatives
+    "softmax": (nn.softmax, x),
+    "softmax over axis 0": (lambda x: nn.softmax(x, 0), x),
+    "softmax, square": (lambda x: nn.softmax(x, 0), normal(4, 4)),
+    "softmax, masked": (lambda x: nn.softmax(x, where=np.arange(6) < 4), x),
+    "softmax with temperatures": (lambda x, t: nn.softmax(x / t), x, positive(4, 1)),
+    "softmax with a temperature": (lambda x, t: nn.softmax(x / t), x, positive()),
+    "softmax with scales": (lambda x, t: nn.softmax(x * jnp.exp(t)), x, normal(1, 6)),
+    "softmax of a parameter, times a batch": (lambda p, x: nn.softmax(p)[None] * x, normal(6), x),
+    "softmax of a softmax": (lambda p, x: nn.softmax(nn.softmax(p)[None] * x), normal(6), x),
+    "log_softmax": (nn.log_softmax, x),
+    "logsumexp": (lambda x: nn.logsumexp(x, 1), x),
+    "logsumexp over everything": (nn.logsumexp, x),
+    "logsumexp with keepdims": (lambda x: nn.logsumexp(x, 1, keepdims=True), x),
+    # Normalisations
+    "layer norm": (lambda x: normalised(x, -1), x),
+    "batch norm": (lambda x: normalised(x, 0), x),
+    "batch norm of an image": (lambda x: normalised(x, (0, 1, 2)), image),
+    "batch norm with a bias before": (lambda x, b: normalised(x + b, 0), x, normal(1, 6)),
+    "group norm, grouped": (lambda x: normalised(x.reshape(2, 3, 2, 2, 3), (1, 2, 4)).reshape(x.shape), image),
+    "instance norm": (lambda x: normalised(x, (1, 2)), image),
+    "linen.BatchNorm": (lambda x: initialised(linen.BatchNorm(use_running_average=False), x), image),
+    "linen.GroupNorm": (lambda x: initialised(linen.GroupNorm(3), x), image),
+    "linen.InstanceNorm": (lambda x: initialised(linen.InstanceNorm(), x), image),
+    "linen.LayerNorm": (lambda x: initialised(linen.LayerNorm(), x), x),
+    "linen.RMSNorm": (lambda x: initialised(linen.RMSNorm(), x), x),
+    "nnx.GroupNorm": (lambda x: built(nnx.GroupNorm, x, 2), image),
+    "nnx.LayerNorm": (lambda x: built(nnx.LayerNorm, x), x),
+    "nnx.RMSNorm": (lambda x: built(nnx.RMSNorm, x), x),
+    "standardize": (nn.standardize, x),
+    "std": (lambda x: x.std(0), x),
+    "var": (lambda x: x.var(1), x),
+    "l2-normalise": (lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True), x),
+    "l2-normalise, as a whole": (lambda x: x / jnp.linalg.norm(x), x),
+    "layer norm, then softmax": (lambda x: nn.softmax(normalised(x, -1) * x.mean(-1, keepdims=True)), x),
+    "divided by the maximum": (lambda a: a / a.max(-1, keepdims=True), a),
+    "between minimum and maximum": (lambda x: (x - low(x)) / (x.max(1, keepdims=True) - low(x)), x),
+    # Row by row
+    "cosine": (optax.losses.cosine_similarity, x, w),
+    "cosine by sums": (lambda x, w: (x * w).sum(1) / jnp.sqrt((x * x).sum(1) * (w * w).sum(1)), x, w),
+    "cosine by dot products": (lambda x, w: dots(x, w) / jnp.sqrt(dots(x, x) * dots(w, w)), x, w),
+    "cosine of columns": (lambda x, w: dots(x.T, w.T) / jnp.sqrt(dots(w.T, w.T)), x, w),
+    "vdot": (lambda x, w: jnp.tanh(jnp.vdot(x, w) / jnp.vdot(x, x)), x, w),
+    "row dot products in another order": (
+        lambda x, w: lax.dot_general(jnp.sin(x), w, (((1,), (0,)), ((2, 0), (1, 2)))),
+        normal(2, 4, 3), normal(4, 3, 2),
+    ),
+    # Side by side
+    "stack of two": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)], 2), 2), x),
+    "stack of two, in front": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)]), 0), x),
+    "stack of two, between": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)], 1), 1), x),
+    "concatenate of one-wide": (lambda x: nn.logsumexp(jnp.concatenate([x**2, jnp.sin(x**2)], 1), 1), normal(4, 1)),
+    # Broadcasts
+    "broadcast behind": (lambda p, x: nn.softmax(jnp.broadcast_to(jnp.exp(p)[:, None], x.shape) * x, 0), normal(4), x),
+    "broadcast in front": (lambda p, x: nn.softmax(jnp.broadcast_to(jnp.exp(p), x.shape) * x, 0), normal(6), x),
+    "row mean subtracted from a square": (lambda x: x - x.mean(1)[:, None], normal(4, 4)),
+    "no entries": (lambda x, e: x + e.sum(), x, normal(0, 3)),
+    # Losses by example
+    "cross-entropy by label": (lambda x: optax.losses.softmax_cross_entropy_with_integer_labels(x, LABELS), x),
+    "cross-entropy, one-hot": (lambda x: optax.losses.softmax_cross_entropy(x, nn.one_hot(LABELS, 6)), x),
+    "focal by label": (lambda x: focal(optax.losses.softmax_cross_entropy_with_integer_labels(x, LABELS)), x),
+    "focal, one-hot": (lambda x: focal(optax.losses.softmax_cross_entropy(x, nn.one_hot(LABELS, 6))), x),
+    "focal, sigmoid": (lambda x: optax.losses.sigmoid_focal_loss(x, nn.one_hot(LABELS, 6), alpha=0.3), x),
+    "binary cross-entropy": (lambda x: optax.losses.sigmoid_binary_cross_entropy(x, nn.one_hot(LABELS, 6)), x),
+    "huber": (optax.losses.huber_loss, x, w),
+    "RMSE": (lambda x: jnp.sqrt(jnp.mean((x - w) ** 2)), x),
+    "Gaussian NLL": (lambda m, s: ((m - w) / jnp.exp(s)) ** 2 / 2 + s, x, normal(4, 6, seed=2)),
+    "KL divergence": (lambda x: optax.losses.kl_divergence(nn.log_softmax(x), nn.softmax(w)), x),
+    "policy ratio": (lambda x: jnp.exp(jnp.take_along_axis(nn.log_softmax(x), LABELS[:, None], 1)), x),
+}  # fmt: skip
+
+CASES = UNARY | BINARY | SELECTION | MULTILINEAR | BLOCKS
+
+
+def constrained(x: jax.Array) -> jax.Array:
+    """An array with a sharding that it has anyway."""
+    return lax.with_sharding_constraint(x, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def convolved(x: Any, kernel: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """``lax.conv_general_dilated``, channels first."""
+    return lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+
+def normalised(x: jax.Array, axes: Any) -> jax.Array:
+    """Zero mean and unit variance along axes."""
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")  # Flax's own arithmetic needs it
+def initialised(module: linen.Module, x: jax.Array) -> jax.Array:
+    """The module's output with fresh parameters."""
+    module = module.clone(param_dtype=x.dtype, dtype=x.dtype)
+    return module.init_with_output(jax.random.key(1), x)[0]
+
+
+@jax.numpy_dtype_promotion("standard")
+def built(module: type[nnx.Module], x: jax.Array, *args: Any) -> jax.Array:
+    """The output of a new module for the last axis of ``x``."""
+    features = x.shape[-1]
+    return module(features, *args, dtype=x.dtype, param_dtype=x.dtype, rngs=nnx.Rngs(0))(x)
+
+
+def low(x: jax.Array) -> jax.Array:
+    """The smallest entry of each row."""
+    return x.min(1, keepdims=True)
+
+
+def dots(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The dot product of each row of one with that of the other."""
+    return jnp.einsum("bd,bd->b", x, w)
+
+
+def focal(cross_entropy: jax.Array) -> jax.Array:
+    """Cross-entropy, weighted down where the prediction is right."""
+    return (1 - jnp.exp(-cross_entropy)) ** 2 * cross_entropy

@@ -1,0 +1,167 @@
+"""What the library assumes about JAX's internals, one test each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import normal
+from jax import lax, nn
+from jax.extend import core
+
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Constant, Value, flatten, trace
+
+
+def names(fun, *args):
+    return [eqn.name for eqn in flatten(trace(fun, *args)).equations]
+
+
+def evaluate(fun, *args):
+    """Run a flattened program."""
+    program = flatten(trace(fun, *args))
+    env = dict(zip(program.inputs, args, strict=True))
+
+    def read(atom):
+        return atom.value if isinstance(atom, Constant) else env[atom]
+
+    for eqn in program.equations:
+        with _jaxpr.context(eqn):
+            results = _jaxpr.bind(eqn, *map(read, eqn.inputs))
+        env.update(zip(eqn.outputs, _jaxpr.listed(results, eqn), strict=True))
+    return [read(v) for v in program.outputs]
+
+
+def test_nested_calls_are_written_out():
+    fun = jax.jit(lambda x: jax.jit(jnp.sin)(x) + 1)
+    assert [e.primitive.name for e in trace(fun, 1.0).jaxpr.eqns] == ["jit"]
+    assert names(fun, 1.0) == ["sin", "add"]
+
+
+def test_one_jaxpr_called_twice_is_two_computations():
+    silu = jax.jit(nn.silu)
+    assert names(lambda x: silu(silu(x)), 1.0).count("logistic") == 2
+
+
+def test_equal_equations_are_one():
+    assert names(lambda x: jnp.sin(x) + jnp.sin(x), 1.0) == ["sin", "add"]
+    assert names(lambda x: x[:2] + x[1:], normal(3)).count("slice") == 2
+    assert names(lambda x: nn.relu(x) * nn.relu(x), 1.0) == ["custom_jvp_call", "mul"]
+    assert names(lambda x: x * 2 + x * 2.0, 1.0) == ["mul", "add"]
+    assert names(lambda x: (x + np.ones(3)) * (x + np.zeros(3)), normal(3)).count("add") == 2
+
+
+def test_effects_are_neither_merged_nor_dropped():
+    def fun(x):
+        jax.debug.callback(lambda x: None, x)
+        jax.debug.callback(lambda x: None, x)
+        return x
+
+    assert len(names(fun, 1.0)) == 2
+
+
+def test_what_no_output_needs_is_left_out():
+    def fun(x):
+        jnp.cos(x)
+        return jnp.sin(x)
+
+    assert names(fun, 1.0) == ["sin"]
+
+
+def test_dot_products_without_free_axes_are_sums():
+    x, w = normal(2, 4, 3), normal(4, 3, 2, seed=1)
+
+    def rows(x, w):
+        return lax.dot_general(x, w, (((1,), (0,)), ((2, 0), (1, 2))))
+
+    assert "dot_general" not in names(rows, x, w)
+    np.testing.assert_allclose(evaluate(rows, x, w)[0], rows(x, w), rtol=1e-12)
+    assert "dot_general" in names(jnp.matmul, x[0], w[:3, :, 0])
+
+
+def test_a_program_computes_what_the_function_does():
+    def fun(x, n):
+        y = nn.softplus(x) @ x.T
+        y = y + lax.fori_loop(0, n, lambda i, s: s + i, 0.0)
+        return (
+            jnp.where(y > 0, y, jnp.linalg.inv(y)),
+            jax.random.normal(jax.random.key(0), (2,)),
+            3.0,
+        )
+
+    x = normal(3, 4)
+    for received, expected in zip(evaluate(fun, x, 3), fun(x, 3), strict=True):
+        np.testing.assert_allclose(received, expected, rtol=1e-12)
+
+
+def test_parameters_and_operands_can_be_replaced():
+    (eqn,) = flatten(trace(jnp.matmul, normal(2, 3), normal(3, 2))).equations
+    half = [normal(2, 3).astype(jnp.bfloat16), normal(3, 2).astype(jnp.bfloat16)]
+    result = _jaxpr.bind(eqn, *half, preferred_element_type=jnp.float32)
+    assert result.dtype == jnp.float32
+
+
+def test_one_result_is_not_a_list():
+    (eqn,) = flatten(trace(nn.relu, 1.0)).equations
+    assert eqn.primitive.multiple_results
+    assert _jaxpr.bind(eqn, jnp.float32(-1.0)) == 0
+    assert _jaxpr.listed(1.0, eqn) == [1.0]
+
+
+def test_custom_derivatives_survive_binding():
+    (eqn,) = flatten(trace(nn.relu, 1.0)).equations
+    assert jax.grad(lambda x: _jaxpr.bind(eqn, x))(0.0) == 0  # that of max would be 1/2
+
+
+def test_locations_name_the_user_s_line():
+    def user_function(x):
+        return jnp.sin(x)
+
+    (eqn,) = flatten(trace(user_function, 1.0)).equations
+    line = user_function.__code__.co_firstlineno + 1
+    assert _jaxpr.location(eqn).startswith(f"{__file__}:{line} (")
+    # Inside a function of JAX's own, which is jitted: the line of the call.
+    inner = [
+        e for e in flatten(trace(lambda x: jnp.fft.fft(x), normal(2))).equations if e.name == "fft"
+    ]
+    assert _jaxpr.location(inner[0]).startswith(__file__)
+
+
+def test_what_is_bound_carries_the_user_s_line():
+    def user_function(x):
+        return jnp.sin(x)
+
+    (eqn,) = flatten(trace(user_function, 1.0)).equations
+
+    def rebound(x):
+        with _jaxpr.context(eqn):
+            return lax.cos(x)
+
+    (made,) = flatten(trace(rebound, 1.0)).equations
+    assert _jaxpr.location(made) == _jaxpr.location(eqn)
+
+
+def test_zero_outputs_are_recognised():
+    def second(f):
+        return lambda x: jax.jvp(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1], (x,), (x,))[1]
+
+    for f in (nn.relu, jnp.abs, lambda x: 2 * x, lambda x: lax.clamp(0.0, x, 1.0)):
+        assert _jaxpr.zero_outputs(trace(second(f), normal(3))) == [True]
+    for f in (nn.softplus, jnp.square):
+        assert _jaxpr.zero_outputs(trace(second(f), normal(3))) == [False]
+
+
+@pytest.mark.parametrize(
+    "fun", [lambda x: x, lambda x: (x, x), lambda x: 1.0], ids=["input", "twice", "literal"]
+)
+def test_outputs_that_no_equation_makes(fun):
+    program = flatten(trace(fun, 1.0))
+    assert program.equations == []
+    assert all(isinstance(v, Value | Constant) for v in program.outputs)
+
+
+def test_names_that_the_library_matches():
+    made = [e.primitive.name for e in trace(jax.jit(jnp.sin), 1.0).jaxpr.eqns]
+    assert set(made) == _jaxpr.CALLS
+    named = trace(lambda x: jax.ad_checkpoint.checkpoint_name(x, "model_output"), 1.0).jaxpr.eqns
+    assert [(e.primitive.name, e.params["name"]) for e in named] == [("name", "model_output")]
+    assert isinstance(trace(jnp.sin, 1.0), core.ClosedJaxpr)

@@ -1,0 +1,82 @@
+"""Random programs: the gradient is always right, the diagonal wherever theory says it is exact.
+
+``HESSCALE_EXAMPLES=20`` draws twenty times as many; ``python tests/programs.py`` checks them by
+seed.
+"""
+
+import os
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import hesscale_jax as hs
+
+TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
+EXAMPLES = {
+    "anything": 12,
+    "block": 12,
+    "views": 10,
+    "chain": 10,
+    "last_layer": 10,
+    "plain_last_layer": 5,
+    "units": 5,
+    "penalized": 5,
+    "convex": 8,
+}
+
+
+def test_every_family_is_tested() -> None:
+    assert EXAMPLES.keys() == programs.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", EXAMPLES)
+def test_random_program(family: str) -> None:
+    draw, check = programs.FAMILIES[family]
+
+    # A failing program is shrunk only where there is time for it.
+    phases = [Phase.generate, *([Phase.shrink] if TIMES > 1 else [])]
+
+    @settings(
+        max_examples=TIMES * EXAMPLES[family],
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.randoms(use_true_random=False))
+    def run(rng: random.Random) -> None:
+        case = draw(rng)
+        try:
+            check(case)
+        except Exception as error:
+            error.add_note(case.fun.__doc__)
+            raise
+
+    run()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_jit_equals_eager(seed: int) -> None:
+    fun, args, _ = programs.anything(random.Random(seed))
+    transformed = hs.value_and_hesscale(fun, range(len(args)))
+    assert_close(jax.jit(transformed)(*args), transformed(*args))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vmap_equals_a_loop(seed: int) -> None:
+    fun, args, _ = programs.anything(random.Random(seed))
+    transformed = jax.jit(hs.hesscale(fun, range(len(args))))
+    batch = [jnp.stack([x, 0.5 - x, 0.3 * x]) for x in args]
+    looped = [transformed(*(x[i] for x in batch)) for i in range(3)]
+    assert_close(jax.vmap(transformed)(*batch), jax.tree.map(lambda *x: jnp.stack(x), *looped))
+
+
+def assert_close(received: object, expected: object) -> None:
+    """Relative to the largest entry of each array."""
+    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        scale = max(programs.FLOOR, np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=programs.RTOL * scale)
