@@ -7,7 +7,7 @@ Estimating zero has error 1. Columns:
     HesScale, HesScaleGN     this library, `curvature="hessian"` and `"gauss_newton"`
     Hutchinson 1, 50         mean of 1 or 50 samples `z * (H z)`, z random signs
     exact GGN                diagonal of the generalised Gauss-Newton matrix, without approximation
-    squared gradient         of the batch's mean loss, as in Adam
+    grad squared             the square of the batch's gradient, as in Adam
     zero
 
     python benchmarks/quality.py
@@ -88,7 +88,7 @@ def estimates(
         "HesScaleGN": hesscale_gn,
         "Hutchinson 1": jax.tree.map(lambda s: s[0], samples),
         f"Hutchinson {SAMPLES}": jax.tree.map(lambda s: s.mean(axis=0), samples),
-        "squared gradient": jax.tree.map(jnp.square, grad),
+        "grad squared": jax.tree.map(jnp.square, grad),
         "zero": jax.tree.map(jnp.zeros_like, params),
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import rich
+import rich.box
 import rich.table
 
 
@@ -19,7 +20,10 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def show(self) -> None:
-        table = rich.table.Table(self.columns[0], title=self.title)
+        table = rich.table.Table(
+            title=self.title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+        )
+        table.add_column(self.columns[0], no_wrap=True)
         for column in self.columns[1:]:
             table.add_column(column, justify="right")
         for row in self.rows:

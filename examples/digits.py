@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -150,12 +149,12 @@ def networks(seed: int) -> list[Network]:
     ]
 
 
-class Images(NamedTuple):
+class Batch(NamedTuple):
     images: np.ndarray  # (n, 8, 8, 1), float32
     labels: np.ndarray  # (n,), int32
 
 
-def load() -> tuple[Images, Images]:
+def load() -> tuple[Batch, Batch]:
     """Returns 1437 images to train on and 360 to test on, the same ones every time.
 
     One mean and one scale for all pixels: scaled each by its own, the pixels in the corners, which
@@ -168,17 +167,14 @@ def load() -> tuple[Images, Images]:
     )
     mean, std = train_images.mean(), train_images.std()
     return (
-        Images((train_images - mean) / std, train_labels),
-        Images((test_images - mean) / std, test_labels),
+        Batch((train_images - mean) / std, train_labels),
+        Batch((test_images - mean) / std, test_labels),
     )
 
 
-class Point(NamedTuple):
-    """Where a run is after an epoch."""
-
-    steps: int
-    seconds: float  # Of training alone.
-    loss: float  # On all training images.
+class Epoch(NamedTuple):
+    loss: float  # The mean over its batches.
+    seconds: float  # Of training alone, without compilation.
 
 
 @dataclass
@@ -190,72 +186,55 @@ class Run:
     step: Callable[..., tuple[Params, optax.OptState, Array]]
     params: Params
     opt_state: optax.OptState
-    history: list[Point]
+    epochs: list[Epoch]
     test_accuracy: float = 0.0
 
-    def train_epoch(self, batches: Sequence[Images]) -> float:
-        """Returns the seconds it took."""
+    def train(self, batches: Sequence[Batch]) -> None:
+        """Trains for an epoch."""
+        losses = []
         start = time.perf_counter()
         # Not a lax.scan: inside of one, XLA's convolutions are several times slower on a CPU.
         for batch in batches:
-            self.params, self.opt_state, _ = self.step(self.params, self.opt_state, *batch)
+            self.params, self.opt_state, loss = self.step(self.params, self.opt_state, *batch)
+            losses.append(loss)
         jax.block_until_ready(self.params)
-        return time.perf_counter() - start
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        return statistics.median(b.seconds - a.seconds for a, b in pairwise(self.history))
+        seconds = time.perf_counter() - start
+        self.epochs.append(Epoch(float(np.mean(losses)), seconds))
 
 
-def train(
-    network: Network, train_set: Images, test_set: Images, epochs: int, seed: int, progress: tqdm
+def compare(
+    network: Network, train_set: Batch, test_set: Batch, epochs: int, seed: int, progress: tqdm
 ) -> list[Run]:
     """Trains a network under each optimizer, from the same start, on the same batches.
 
     The optimizers take turns, an epoch each, so that whatever else the machine is doing slows
     down all of them alike; and take turns at going first.
     """
-
-    @jax.jit
-    def evaluate(params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        logits = network.apply(params, images)
-        return cross_entropy(logits, labels), (logits.argmax(-1) == labels).mean()
-
-    name = f"{network.model} {network.framework}"
-    epoch_steps = len(train_set.labels) // BATCH_SIZE
-    first_batch = Images(*(part[:BATCH_SIZE] for part in train_set))
-    first_loss, _ = evaluate(network.params, *train_set)
-
+    name = f"{network.model} in {network.framework}"
+    size = len(train_set.labels) // BATCH_SIZE * BATCH_SIZE
+    first_batch = Batch(*(part[:BATCH_SIZE] for part in train_set))
     runs = []
-    for optimizer, (tx, curvature) in optimizers(epochs * epoch_steps).items():
+    for optimizer, (tx, curvature) in optimizers(epochs * size // BATCH_SIZE).items():
         progress.set_description(f"{name}, compiling {optimizer}")
         step = jax.jit(partial(train_step, network.apply, tx, curvature))
         opt_state = tx.init(network.params)
         jax.block_until_ready(step(network.params, opt_state, *first_batch))
-        history = [Point(0, 0.0, float(first_loss))]
-        runs.append(Run(network, optimizer, step, network.params, opt_state, history))
+        runs.append(Run(network, optimizer, step, network.params, opt_state, []))
 
     rng = np.random.default_rng(seed)
     for epoch in range(epochs):
-        noise = NOISE * rng.standard_normal(train_set.images.shape, np.float32)
-        order = rng.permutation(len(train_set.labels))[: epoch_steps * BATCH_SIZE]
-        batches = [
-            Images(train_set.images[rows] + noise[rows], train_set.labels[rows])
-            for rows in order.reshape(epoch_steps, BATCH_SIZE)
-        ]
-        batches = jax.block_until_ready(jax.device_put(batches))
+        noisy = train_set.images + NOISE * rng.standard_normal(train_set.images.shape, np.float32)
+        order = rng.permutation(len(noisy))[:size].reshape(-1, BATCH_SIZE)
+        batches = jax.device_put([Batch(noisy[rows], train_set.labels[rows]) for rows in order])
         first = epoch % len(runs)
         for run in runs[first:] + runs[:first]:
             progress.set_description(f"{name}, {run.optimizer}")
-            steps, seconds, _ = run.history[-1]
-            seconds += run.train_epoch(batches)
-            loss, _ = evaluate(run.params, *train_set)
-            run.history.append(Point(steps + epoch_steps, seconds, float(loss)))
+            run.train(batches)
             progress.update()
 
     for run in runs:
-        _, accuracy = evaluate(run.params, *test_set)
-        run.test_accuracy = float(accuracy)
+        logits = network.apply(run.params, test_set.images)
+        run.test_accuracy = float((logits.argmax(-1) == test_set.labels).mean())
     return runs
 
 
@@ -263,18 +242,20 @@ def table(runs: Sequence[Run]) -> str:
     row = "{:5}  {:9}  {:13}  {:>10}  {:>10}  {:>13}  {:>7}  {:>13}".format
     columns = ("model", "framework", "optimizer", "first loss", "final loss", "test accuracy")
     lines = [row(*columns, "s/epoch", "ratio to Adam")]
-    adam = {run.network[:2]: run.seconds_per_epoch for run in runs if run.optimizer == "Adam"}
+    adam = 0.0
     for run in runs:
-        seconds = run.seconds_per_epoch
+        seconds = statistics.median(epoch.seconds for epoch in run.epochs)
+        adam = seconds if run.optimizer == "Adam" else adam  # Each network's first.
         lines.append(
             row(
-                *run.network[:2],
+                run.network.model,
+                run.network.framework,
                 run.optimizer,
-                f"{run.history[0].loss:.5f}",
-                f"{run.history[-1].loss:.5f}",
+                f"{run.epochs[0].loss:.4f}",
+                f"{run.epochs[-1].loss:.4f}",
                 f"{run.test_accuracy:.2%}",
                 f"{seconds:.4f}",
-                f"{seconds / adam[run.network[:2]]:.2f}",
+                f"{seconds / adam:.2f}",
             )
         )
     return "\n".join(lines)
@@ -291,13 +272,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     rows = figure.subplots(len(models), 2, sharey=True)
     for model, (by_steps, by_seconds) in zip(models, rows, strict=True):
         for run in (run for run in runs if run.network.model == model):
-            steps, seconds, losses = zip(*run.history, strict=True)
+            losses, seconds = zip(*run.epochs, strict=True)
             style = {
                 "color": COLOURS[run.optimizer],
                 "linestyle": LINE_STYLES[run.network.framework],
             }
-            by_steps.semilogy(steps, losses, **style)
-            by_seconds.semilogy(seconds, losses, **style)
+            by_steps.semilogy(1 + np.arange(len(losses)), losses, **style)
+            by_seconds.semilogy(np.cumsum(seconds), losses, **style)
         by_steps.set(title=f"{model}, by steps", xlabel="steps", ylabel="training loss")
         by_seconds.set(
             title=f"{model}, by seconds", xlabel="seconds of training, after compilation"
@@ -330,7 +311,7 @@ def main() -> None:
     runs: list[Run] = []
     with tqdm(total=len(chosen) * len(COLOURS) * epochs, unit="epoch") as progress:
         for network in chosen:
-            runs += train(network, train_set, test_set, epochs, args.seed, progress)
+            runs += compare(network, train_set, test_set, epochs, args.seed, progress)
     draw(runs, args.output)
     print(table(runs))
     print(f"The losses are drawn in {args.output}")

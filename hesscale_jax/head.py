@@ -4,7 +4,7 @@ Gauss-Newton keeps second derivatives in the loss's head and drops them in the m
 found equation by equation:
 
 - A value is *parameter-like* if it is a differentiated input, or is computed from parameter-like
-  values, constants of rank 0 and scalars alone. Where the loss itself would come out
+  values and scalars that do not depend on the inputs. Where the loss itself would come out
   parameter-like, only the inputs count.
 - An *entry* is an equation where parameters meet the data's path: one operand is parameter-like and
   the result is not. If the loss names its model's output (``checkpoint_name(y, "model_output")``),
@@ -65,15 +65,19 @@ def loss_head(
 
 
 def _entries(program: Program, inputs: frozenset[Value], path: list[Equation]) -> set[Equation]:
-    like = _parameter_like(program, inputs)
+    like = _parameter_like(program, inputs, {v for eqn in path for v in eqn.outputs})
     if program.outputs[0] in like:
         like = inputs
     return {eqn for eqn in path if not like.isdisjoint(eqn.inputs) and like.isdisjoint(eqn.outputs)}
 
 
-def _parameter_like(program: Program, inputs: frozenset[Value]) -> frozenset[Value]:
+def _parameter_like(
+    program: Program, inputs: frozenset[Value], moving: set[Value]
+) -> frozenset[Value]:
     like = set(inputs)
     for eqn in program.equations:
-        if not like.isdisjoint(eqn.inputs) and all(v in like or not v.shape for v in eqn.inputs):
+        if not like.isdisjoint(eqn.inputs) and all(
+            v in like or (not v.shape and v not in moving) for v in eqn.inputs
+        ):
             like.update(eqn.outputs)
     return frozenset(like)

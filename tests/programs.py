@@ -150,7 +150,7 @@ class Program:
         body = [f"def f({', '.join(self.inputs)}):", *self.lines, f"return {result}"]
         text = "\n    ".join(body)
         scope = {"jax": jax, "jnp": jnp, "name": checkpoint_name, **HEADS, **self.constants}
-        exec(text, scope)  # noqa: S102
+        exec(text, scope)
         shapes = {name: x.shape for name, x in (self.inputs | self.constants).items()}
         scope["f"].__doc__ = f"{text}\n{shapes}"
         return scope["f"]
@@ -385,7 +385,7 @@ def views(rng: random.Random) -> Case:
             program.add(text, without(x.shape, [axis], keepdims=True))
 
     def reshape() -> None:
-        x, y = program.pick(), program.pick()
+        x = program.pick()
         factors = [n for n in x.shape if n > 1]
         shape = (x.shape[::-1], factors, (1, *factors), (*factors, 1), (math.prod(factors),), frame)
         shape = rng.choice([s for s in shape if math.prod(s) == math.prod(x.shape)])
