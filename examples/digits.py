@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,6 @@ import optax
 from flax import linen, nnx
 from jax import Array
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -66,9 +66,9 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def optimizers(steps: int) -> dict[str, tuple[optax.GradientTransformation, Curvature | None]]:
     """Maps a name to an optimizer and the curvature it is fed, for a run of so many steps.
 
-    One setting each for every network, chosen on training images held out for it. `eps` is in units
-    of curvature: much below the 1e-3 here, and at the default of 1e-8 above all, a weight that has
-    hardly mattered so far is thrown far away by the first batch in which it does.
+    Each has one setting for all networks, chosen on training images that were held out. `eps` is in
+    units of curvature, and larger than the default of 1e-8, with which a weight that has hardly
+    mattered so far may be thrown far away by the first batch in which it does.
     """
     adam = optax.cosine_decay_schedule(1e-2, steps)
     hesscale = optax.cosine_decay_schedule(5e-3, steps)
@@ -131,6 +131,10 @@ class Network(NamedTuple):
     params: Params
     apply: Callable[[Params, Array], Array]  # (params, images) -> logits
 
+    @property
+    def name(self) -> str:
+        return f"{self.model} in {self.framework}"
+
 
 def networks(seed: int) -> list[Network]:
     def from_nnx(model: str, module: nnx.Module) -> Network:
@@ -149,12 +153,12 @@ def networks(seed: int) -> list[Network]:
     ]
 
 
-class Batch(NamedTuple):
+class Digits(NamedTuple):
     images: np.ndarray  # (n, 8, 8, 1), float32
     labels: np.ndarray  # (n,), int32
 
 
-def load() -> tuple[Batch, Batch]:
+def load() -> tuple[Digits, Digits]:
     """Returns 1437 images to train on and 360 to test on, the same ones every time.
 
     One mean and one scale for all pixels: scaled each by its own, the pixels in the corners, which
@@ -167,14 +171,17 @@ def load() -> tuple[Batch, Batch]:
     )
     mean, std = train_images.mean(), train_images.std()
     return (
-        Batch((train_images - mean) / std, train_labels),
-        Batch((test_images - mean) / std, test_labels),
+        Digits((train_images - mean) / std, train_labels),
+        Digits((test_images - mean) / std, test_labels),
     )
 
 
-class Epoch(NamedTuple):
-    loss: float  # The mean over its batches.
+class Point(NamedTuple):
+    """Where a run is after so many steps."""
+
+    steps: int
     seconds: float  # Of training alone, without compilation.
+    loss: float  # On all training images, without noise.
 
 
 @dataclass
@@ -186,55 +193,69 @@ class Run:
     step: Callable[..., tuple[Params, optax.OptState, Array]]
     params: Params
     opt_state: optax.OptState
-    epochs: list[Epoch]
+    history: list[Point]  # After each epoch, and before the first.
     test_accuracy: float = 0.0
 
-    def train(self, batches: Sequence[Batch]) -> None:
-        """Trains for an epoch."""
-        losses = []
+    def train(self, batches: Sequence[Digits]) -> float:
+        """Trains for an epoch, and returns the seconds that it took."""
         start = time.perf_counter()
-        # Not a lax.scan: inside of one, XLA's convolutions are several times slower on a CPU.
+        # Not a lax.scan, in which convolutions on a CPU are several times slower: jax-ml/jax#12868.
         for batch in batches:
-            self.params, self.opt_state, loss = self.step(self.params, self.opt_state, *batch)
-            losses.append(loss)
+            self.params, self.opt_state, _ = self.step(self.params, self.opt_state, *batch)
         jax.block_until_ready(self.params)
-        seconds = time.perf_counter() - start
-        self.epochs.append(Epoch(float(np.mean(losses)), seconds))
+        return time.perf_counter() - start
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        return statistics.median(b.seconds - a.seconds for a, b in pairwise(self.history))
 
 
 def compare(
-    network: Network, train_set: Batch, test_set: Batch, epochs: int, seed: int, progress: tqdm
+    network: Network, train_set: Digits, test_set: Digits, epochs: int, seed: int, progress: tqdm
 ) -> list[Run]:
     """Trains a network under each optimizer, from the same start, on the same batches.
 
     The optimizers take turns, an epoch each, so that whatever else the machine is doing slows
     down all of them alike; and take turns at going first.
     """
-    name = f"{network.model} in {network.framework}"
-    size = len(train_set.labels) // BATCH_SIZE * BATCH_SIZE
-    first_batch = Batch(*(part[:BATCH_SIZE] for part in train_set))
+
+    @jax.jit
+    def evaluate(params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
+        logits = network.apply(params, images)
+        return cross_entropy(logits, labels), (logits.argmax(-1) == labels).mean()
+
+    epoch_steps = len(train_set.labels) // BATCH_SIZE
+    first_batch = jax.device_put(Digits(*(part[:BATCH_SIZE] for part in train_set)))
+    first_loss, _ = evaluate(network.params, *train_set)
+
     runs = []
-    for optimizer, (tx, curvature) in optimizers(epochs * size // BATCH_SIZE).items():
-        progress.set_description(f"{name}, compiling {optimizer}")
+    for optimizer, (tx, curvature) in optimizers(epochs * epoch_steps).items():
+        progress.set_description(f"{network.name}, compiling {optimizer}")
         step = jax.jit(partial(train_step, network.apply, tx, curvature))
         opt_state = tx.init(network.params)
         jax.block_until_ready(step(network.params, opt_state, *first_batch))
-        runs.append(Run(network, optimizer, step, network.params, opt_state, []))
+        history = [Point(0, 0.0, float(first_loss))]
+        runs.append(Run(network, optimizer, step, network.params, opt_state, history))
 
     rng = np.random.default_rng(seed)
     for epoch in range(epochs):
         noisy = train_set.images + NOISE * rng.standard_normal(train_set.images.shape, np.float32)
-        order = rng.permutation(len(noisy))[:size].reshape(-1, BATCH_SIZE)
-        batches = jax.device_put([Batch(noisy[rows], train_set.labels[rows]) for rows in order])
+        order = rng.permutation(len(noisy))[: epoch_steps * BATCH_SIZE]
+        batches = jax.device_put(
+            [Digits(noisy[rows], train_set.labels[rows]) for rows in order.reshape(epoch_steps, -1)]
+        )
         first = epoch % len(runs)
         for run in runs[first:] + runs[:first]:
-            progress.set_description(f"{name}, {run.optimizer}")
-            run.train(batches)
+            progress.set_description(f"{network.name}, {run.optimizer}")
+            steps, seconds, _ = run.history[-1]
+            seconds += run.train(batches)
+            loss, _ = evaluate(run.params, *train_set)
+            run.history.append(Point(steps + epoch_steps, seconds, float(loss)))
             progress.update()
 
     for run in runs:
-        logits = network.apply(run.params, test_set.images)
-        run.test_accuracy = float((logits.argmax(-1) == test_set.labels).mean())
+        _, accuracy = evaluate(run.params, *test_set)
+        run.test_accuracy = float(accuracy)
     return runs
 
 
@@ -242,55 +263,48 @@ def table(runs: Sequence[Run]) -> str:
     row = "{:5}  {:9}  {:13}  {:>10}  {:>10}  {:>13}  {:>7}  {:>13}".format
     columns = ("model", "framework", "optimizer", "first loss", "final loss", "test accuracy")
     lines = [row(*columns, "s/epoch", "ratio to Adam")]
-    adam = 0.0
+    adam = {run.network.name: run.seconds_per_epoch for run in runs if run.optimizer == "Adam"}
     for run in runs:
-        seconds = statistics.median(epoch.seconds for epoch in run.epochs)
-        adam = seconds if run.optimizer == "Adam" else adam  # Each network's first.
         lines.append(
             row(
                 run.network.model,
                 run.network.framework,
                 run.optimizer,
-                f"{run.epochs[0].loss:.4f}",
-                f"{run.epochs[-1].loss:.4f}",
+                f"{run.history[0].loss:.5f}",
+                f"{run.history[-1].loss:.5f}",
                 f"{run.test_accuracy:.2%}",
-                f"{seconds:.4f}",
-                f"{seconds / adam:.2f}",
+                f"{run.seconds_per_epoch:.4f}",
+                f"{run.seconds_per_epoch / adam[run.network.name]:.2f}",
             )
         )
     return "\n".join(lines)
 
 
 # Okabe and Ito's colours, which the colour-blind tell apart too.
-COLOURS = {"Adam": "#7F7F7F", "AdaHesScale": "#0072B2", "AdaHesScaleGN": "#D55E00"}
-LINE_STYLES = {"nnx": "-", "linen": "--"}
+COLOURS = {"Adam": "black", "AdaHesScale": "#0072B2", "AdaHesScaleGN": "#E69F00"}
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    models = sorted({run.network.model for run in runs}, reverse=True)
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    rows = figure.subplots(len(models), 2, sharey=True)
-    for model, (by_steps, by_seconds) in zip(models, rows, strict=True):
-        for run in (run for run in runs if run.network.model == model):
-            losses, seconds = zip(*run.epochs, strict=True)
-            style = {
-                "color": COLOURS[run.optimizer],
-                "linestyle": LINE_STYLES[run.network.framework],
-            }
-            by_steps.semilogy(1 + np.arange(len(losses)), losses, **style)
-            by_seconds.semilogy(np.cumsum(seconds), losses, **style)
-        by_steps.set(title=f"{model}, by steps", xlabel="steps", ylabel="training loss")
-        by_seconds.set(
-            title=f"{model}, by seconds", xlabel="seconds of training, after compilation"
-        )
-    for axes in rows.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    names = list(dict.fromkeys(run.network.name for run in runs))
+    figure = Figure(figsize=(3.5 * len(names), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(names), sharey=True)
+    for name, (by_steps, by_seconds) in zip(names, axes.T, strict=True):
+        for run in (run for run in runs if run.network.name == name):
+            steps, seconds, losses = zip(*run.history, strict=True)
+            style = {"color": COLOURS[run.optimizer], "label": run.optimizer, "linewidth": 1.2}
+            by_steps.semilogy(steps, losses, **style)
+            by_seconds.semilogy(seconds, losses, **style)
+        by_steps.set(title=name, xlabel="steps")
+        by_seconds.set(xlabel="seconds, without compilation")
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("loss on all training images")
     figure.legend(
-        handles=[Line2D([], [], color=c, label=name) for name, c in COLOURS.items()]
-        + [Line2D([], [], color="black", linestyle=s, label=f) for f, s in LINE_STYLES.items()],
+        *axes[0, 0].get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=len(COLOURS) + len(LINE_STYLES),
+        ncols=len(COLOURS),
         frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
