@@ -26,7 +26,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 from hutchinson import value_and_hutchinson
 from models import COST_TASKS, Task
 from rich.progress import Progress
-from table import Table, write
+from table import Table, console, output_path, write
 
 import hesscale_jax as hs
 
@@ -155,12 +154,12 @@ def main() -> None:
     )
     parser.add_argument("--curvature", nargs="+", choices=HESSCALE, default=list(HESSCALE))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, help="a .md or .json file to write")
+    parser.add_argument("--output", type=output_path, help="a .md or .json file to write")
     options = parser.parse_args()
 
     jax.block_until_ready(jax.jit(jax.grad(jnp.sin))(1.0))  # start JAX up before it is timed
     results, tables = {}, []
-    with Progress() as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(options.models) * options.rounds)
         for name in options.models:
             progress.update(bar, description=f"{name}: compiling")

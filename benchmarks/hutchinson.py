@@ -28,7 +28,8 @@ def value_and_hutchinson(fun: Callable[..., jax.Array]) -> Callable[..., Any]:
 def _random_signs(key: jax.Array, tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
+    signs = [
         jax.random.rademacher(k, leaf.shape, leaf.dtype)
         for k, leaf in zip(keys, leaves, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(structure, signs)

@@ -15,8 +15,9 @@ Estimating zero has error 1. Columns:
 """
 
 import argparse
+import os
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from hutchinson import value_and_hutchinson
 from jax.flatten_util import ravel_pytree
 from models import QUALITY_TASKS, Params, Task, cross_entropy
 from rich.progress import Progress
-from table import Table, write
+from table import Table, console, output_path, write
 
 import hesscale_jax as hs
 
@@ -129,9 +130,13 @@ def parameter_names(params: Params) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
 
 
+def rounded(error: float) -> str:
+    return "0" if error < 1e-12 else f"{error:.2g}"
+
+
 def table(title: str, results: dict[str, dict[str, float]]) -> Table:
     columns = next(iter(results.values()))
-    rows = [[name, *[f"{e:.2g}" for e in errors.values()]] for name, errors in results.items()]
+    rows = [[name, *map(rounded, errors.values())] for name, errors in results.items()]
     return Table(title, ["", *columns], rows)
 
 
@@ -142,7 +147,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[""], help="rows whose name contains one")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--per-layer", action="store_true", help="a table per model, by parameter")
-    parser.add_argument("--output", type=Path, help="a .md or .json file to write")
+    parser.add_argument("--output", type=output_path, help="a .md or .json file to write")
     options = parser.parse_args()
 
     jax.config.update("jax_enable_x64", True)
@@ -151,12 +156,12 @@ def main() -> None:
         for name, task in QUALITY_TASKS.items()
         if any(part in name for part in options.models)
     }
-    results = {}
-    with Progress() as progress:
+    with Progress(console=console) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = progress.add_task("models x seeds", total=len(tasks) * options.seeds)
-        for name, task in tasks.items():
-            progress.update(bar, description=name)
-            results[name] = measure(task, options.seeds, lambda: progress.advance(bar))
+        measured = pool.map(
+            lambda task: measure(task, options.seeds, lambda: progress.advance(bar)), tasks.values()
+        )
+        results = dict(zip(tasks, measured, strict=True))
 
     title = f"Relative L1 error of the Hessian diagonal, mean of {options.seeds} seeds"
     tables = [table(title, {name: errors[WHOLE] for name, errors in results.items()})]

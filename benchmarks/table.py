@@ -1,14 +1,19 @@
 """A table of results that prints itself and writes itself down."""
 
+import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.box
-import rich.table
+from rich.console import Console
+from rich.table import Table as RichTable
+
+# A file or a pipe has no width of its own.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +25,15 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def show(self) -> None:
-        table = rich.table.Table(
-            title=self.title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+        table = RichTable(
+            title=self.title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
         )
         table.add_column(self.columns[0], no_wrap=True)
         for column in self.columns[1:]:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*row)
-        rich.print(table)
+        console.print(table)
 
     def markdown(self) -> str:
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
@@ -36,11 +41,17 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *lines, ""])
 
 
+def output_path(argument: str) -> Path:
+    """The type of a command's ``--output`` argument."""
+    path = Path(argument)
+    if path.suffix not in (".md", ".json"):
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a .md or a .json file")
+    return path
+
+
 def write(path: Path, tables: Sequence[Table], data: dict[str, Any]) -> None:
     """The tables to a ``.md`` file, or the unrounded data to a ``.json`` file."""
     if path.suffix == ".md":
         path.write_text("\n".join(table.markdown() for table in tables))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(data, indent=2) + "\n")
     else:
-        raise ValueError(f"{path}: write to a .md or a .json file")
+        path.write_text(json.dumps(data, indent=2) + "\n")
