@@ -145,8 +145,8 @@ class GPT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         # Not nnx.Embed: it casts its table to the type that it was made with, so to float32.
-        self.token = nnx.Param(rngs.params.normal((vocabulary, width)) / math.sqrt(width))
-        self.position = nnx.Param(rngs.params.normal((length, width)) / math.sqrt(width))
+        self.token = nnx.Param(rngs.params.normal((vocabulary, width)))
+        self.position = nnx.Param(rngs.params.normal((length, width)))
         self.blocks = nnx.List(TransformerBlock(width, heads, rngs=rngs) for _ in range(layers))
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)

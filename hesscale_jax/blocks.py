@@ -277,12 +277,13 @@ class _Grouping:
         homes = {v: self._current(self._home[v]) for v in operands if self._is_made_at(v, level)}
         (result,) = eqn.outputs
         if isinstance(rule, Pointwise):
-            alike = [v for v in homes if v.shape == result.shape]
+            # The result lies where the operands of its shape do; one of a single entry, nowhere.
+            single = size(result.shape) == 1
+            alike = [v for v in homes if single or v.shape == result.shape]
             if not alike:
                 return self._fill_frame(result, {v: range(len(v.shape)) for v in operands}, homes)
-            # The result lies where the operands of its shape do.
             guide = max(alike, key=lambda v: homes[v].entries)
-            spans = homes[guide].spans[guide]
+            spans = row_major(result.shape) if single else homes[guide].spans[guide]
             placed = {v: broadcast(v.shape, spans) for v in operands}
             return self._merge(result, spans, placed, homes, homes[guide].entries)
         if isinstance(rule, Join):

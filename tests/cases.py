@@ -228,6 +228,8 @@ BLOCKS: dict[str, Case] = {
     "layer norm, then softmax": (lambda x: nn.softmax(normalised(x, -1) * x.mean(-1, keepdims=True)), x),
     "divided by the maximum": (lambda a: a / a.max(-1, keepdims=True), a),
     "between minimum and maximum": (lambda x: (x - low(x)) / (x.max(1, keepdims=True) - low(x)), x),
+    "sum of a column repeated": (lambda x, b: jnp.tanh((x + b).sum(1, keepdims=True)) * x, normal(2, 3), normal(2, 1)),
+    "sum of everything beside one entry": (lambda p, q: (jnp.sin(p) + q.sum()) * p * q, normal(1, 1), normal(3, 2)),
     # Row by row
     "cosine": (optax.losses.cosine_similarity, x, w),
     "cosine by sums": (lambda x, w: (x * w).sum(1) / jnp.sqrt((x * x).sum(1) * (w * w).sum(1)), x, w),

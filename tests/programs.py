@@ -299,14 +299,19 @@ def anything(rng: random.Random) -> Case:
 
 
 def block(rng: random.Random) -> Case:
-    """Pointwise equations, reductions over one set of axes and views, of several inputs."""
+    """Pointwise equations, reductions of the whole frame over one set of axes, and views.
+
+    Of the reduced axes an input has all or none.
+    """
     program = Program(rng)
     frame = rng.choice(FRAMES)
+    axes = subset(program, range(len(frame)))
     program.input(frame)
     for _ in range(rng.randint(0, 2)):
         array = program.choose(program.input, program.input, program.constant)
-        array(rng.choice([(), tuple(rng.choice((1, n)) for n in frame)]))
-    return case(program, str(grow_block(program, frame, subset(program, range(len(frame))))))
+        kept = [1 if i in axes else rng.choice((1, n)) for i, n in enumerate(frame)]
+        array(rng.choice((frame, tuple(kept), tuple(kept), ())))
+    return case(program, str(grow_block(program, frame, axes)))
 
 
 def grow_block(program: Program, frame: Shape, axes: tuple[int, ...]) -> Node:
@@ -314,9 +319,7 @@ def grow_block(program: Program, frame: Shape, axes: tuple[int, ...]) -> Node:
     rank, small = len(frame), without(frame, axes)
 
     def reduce_axes() -> None:
-        whole = [n for i, n in enumerate(frame) if i in axes]
-        fits = lambda x: len(x.shape) == rank and [x.shape[i] for i in axes] == whole  # noqa: E731
-        if x := program.pick(fits):
+        if x := program.pick(lambda x: x.shape == frame):
             y = program.pick(lambda y: y.shape == x.shape)
             letters = "ijk"[:rank]
             kept = "".join(without(tuple(letters), axes))

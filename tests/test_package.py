@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 def test_public_names_exist_and_are_documented(module):
     assert len(set(module.__all__)) == len(module.__all__) > 0
     for name in module.__all__:
-        assert getattr(module, name).__doc__, name
+        # A table has no docstring of its own.
+        assert name == "RULES" or getattr(module, name).__doc__, name
 
 
 def test_the_main_entry_points_are_public():

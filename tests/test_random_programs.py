@@ -20,8 +20,8 @@ import hesscale_jax as hs
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
     "anything": 12,
-    "block": 12,
-    "views": 10,
+    "block": 20,
+    "views": 30,
     "chain": 10,
     "last_layer": 10,
     "plain_last_layer": 5,
