@@ -7,7 +7,6 @@ the parameters, the same objects for every draw, so that each is compiled once.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
