@@ -1,15 +1,20 @@
 """The arithmetic inside a block of :mod:`hesscale_jax.blocks`: exact, off-diagonal terms included.
 
-The *sources* of a block are the values it reads; their entries are taken as independent. Relative
-to them, a value ``v`` of the block has, at its own position,
+The *sources* of a block are the values it reads; their entries are taken as independent. A value is
+*local* if each of its entries depends on the sources' entries at its own position alone. Relative
+to local values ``l`` and to the reductions ``s_j`` of the block, a value ``v`` has, at its own
+position,
 
-    D[v, i]    dv/d(source i)
-    U[v, j]    dv/d(s_j) for each reduction s_j of the block
+    D[v, l]    dv/dl
+    U[v, j]    dv/ds_j
 
-and a reduction has ``w[j, i] = ds_j/d(source i)`` and, with the others, the covariance
-``V[j, k] = sum over the reduced axes of w_j w_k v_i``, where ``v_i`` is the source's spread. Then
+and a reduction has ``w[j, l] = ds_j/dl`` and, with the others, a covariance ``V[j, k]``. Over the
+sources ``x_i``, with their spreads ``v_i``,
 
-    cov(a, b) = sum_i D_a D_b v_i  +  sum_j (D_a U_bj + D_b U_aj) w_j v  +  sum_jk U_aj U_bk V_jk
+    c(l, m) = sum_i dl/dx_i dm/dx_i v_i
+    cov(a, b) = sum_lm (D_al D_bm + sum_j (D_al U_bj + D_bl U_aj) w_jm) c(l, m)
+                + sum_jk U_aj U_bk V_jk
+    V_jk = sum_lm sum over the reduced axes of w_jl w_km c(l, m)
     y = phi(a, b, ...)   shift_y = sum_a phi_a shift_a + sum_ab phi_ab cov(a, b)
     s = sum_k c_k u_k    w_s = c D_u + sum_j (sum_k c U_uj) w_j,   shift_s = sum_k c shift_u
 
@@ -42,18 +47,33 @@ __all__ = ["BlockArithmetic"]
 
 
 @dataclasses.dataclass(eq=False)
-class Root:
-    """A value written out in the block's sources and reductions, by ``D`` and ``U``."""
+class Local:
+    """A local root, by its derivatives in the sources.
+
+    A source that has size 1 along reduced axes is ``repeated`` along them: reductions take its
+    entries in more than once. It stands alone.
+    """
 
     of_source: dict[Value, Coefficient]
+    repeated: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Mixed:
+    """A root that takes in reductions, by ``D`` and ``U``."""
+
+    of_local: dict[Local, Coefficient]
     of_sum: dict["Sum", Coefficient]
 
 
 @dataclasses.dataclass(eq=False)
 class Sum:
-    """A reduction's result, by its derivative ``w`` in every entry of the block's sources."""
+    """A reduction, by ``w``."""
 
-    of_source: dict[Value, Coefficient]
+    of_local: dict[Local, Coefficient]
+
+
+Root = Local | Mixed
 
 
 @dataclasses.dataclass
@@ -75,8 +95,7 @@ class BlockArithmetic:
         self._spread_of = spread_of
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Value, Any] = {}  # of sources, in the frame
-        self._covariances: dict[tuple[Root, Root], Any] = {}
-        self._sum_covariances: dict[tuple[Sum, Sum], Any] = {}
+        self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots, and of sums
 
     # One equation
 
@@ -121,7 +140,7 @@ class BlockArithmetic:
         else:
             weights = _plain(rule.weights(eqn, primals, s))
             c = times(self._enter(weights, self._block.spans[operand]), u.slope)
-            self._derived[value] = Derived(Root({}, {Sum(self._in_sources(u.root, c)): 1.0}))
+            self._derived[value] = Derived(Mixed({}, {self._sum_of(u.root, c): 1.0}))
         return Moments(s, shift)
 
     def view(self, eqn: Equation, operands: Sequence[Moments]) -> Moments:
@@ -143,7 +162,9 @@ class BlockArithmetic:
             spread = self._spread_of(value)
             if spread is not None:
                 self._spreads[value] = self._enter(spread, self._block.spans[value])
-            self._derived[value] = Derived(Root({value: 1.0}, {}))
+            view = self._block.view(self._block.spans[value])
+            repeated = tuple(axis for axis in self._reduced if view[axis] == 1)
+            self._derived[value] = Derived(Local({value: 1.0}, repeated))
         return self._derived[value]
 
     def _compose(self, parts: dict[int, Derived], slopes: dict[int, Coefficient]) -> Derived:
@@ -153,10 +174,18 @@ class BlockArithmetic:
             by_root[root] = plus(by_root.get(root), times(slope, parts[i].slope))
         if len(by_root) == 1:
             return Derived(*next(iter(by_root.items())))
-        made = Root({}, {})
+        local = Local({})
         for root, slope in by_root.items():
-            _add(made.of_source, root.of_source, slope)
-            _add(made.of_sum, root.of_sum, slope)
+            if isinstance(root, Mixed) or root.repeated:
+                break
+            _add(local.of_source, root.of_source, slope)
+        else:
+            return Derived(local)
+        made = Mixed({}, {})
+        for root, slope in by_root.items():
+            part = _written_out(root)
+            _add(made.of_local, part.of_local, slope)
+            _add(made.of_sum, part.of_sum, slope)
         return Derived(made)
 
     def _bend(
@@ -166,65 +195,73 @@ class BlockArithmetic:
         by_roots: dict[tuple[Root, Root], Coefficient] = {}
         for (i, j), curvature in curvatures.items():
             a, b = parts[i], parts[j]
-            pair = (a.root, b.root) if id(a.root) <= id(b.root) else (b.root, a.root)
+            pair = (a.root, b.root)
+            pair = pair[::-1] if pair[::-1] in by_roots else pair
             both = curvature if i == j else times(2.0, curvature)
             by_roots[pair] = plus(by_roots.get(pair), times(both, times(a.slope, b.slope)))
         terms = [times(q, self._cov(*pair)) for pair, q in by_roots.items()]
         return _as(self._leave(total(*terms), value), value)
 
-    def _in_sources(self, root: Root, c: Coefficient) -> dict[Value, Coefficient]:
+    def _sum_of(self, root: Root, c: Coefficient) -> Sum:
         """``w = c D_u + sum_j (sum_k c U_uj) w_j`` for a root ``u``."""
-        w: dict[Value, Coefficient] = {}
-        for source, d in root.of_source.items():
-            view = self._block.view(self._block.spans[source])
-            repeated = [axis for axis in self._reduced if view[axis] == 1]
-            w[source] = self._sum(times(c, d), repeated, missing=True)
-        for j, u in root.of_sum.items():
-            factor = self._sum(times(c, u), self._reduced, missing=True)
-            _add(w, j.of_source, factor)
-        return w
+        u = _written_out(root)
+        w = {
+            local: self._sum(times(c, d), local.repeated, missing=True)
+            for local, d in u.of_local.items()
+        }
+        for j, d in u.of_sum.items():
+            _add(w, j.of_local, self._sum(times(c, d), self._reduced, missing=True))
+        return Sum(w)
 
     # Covariances: linear in the spreads of the sources
 
     def _cov(self, a: Root, b: Root) -> Any:
-        if (a, b) not in self._covariances:
-            terms = [
+        local = isinstance(a, Local) and isinstance(b, Local)
+        return self._once(a, b, self._local_cov if local else self._mixed_cov)
+
+    def _local_cov(self, a: Local, b: Local) -> Any:
+        """``c(a, b)``"""
+        return total(
+            *(
                 times(times(d, b.of_source[source]), self._spreads.get(source))
                 for source, d in a.of_source.items()
                 if source in b.of_source
-            ]
-            if a is b:
-                terms += [times(2.0, self._cross(a, a))]
-            else:
-                terms += [self._cross(a, b), self._cross(b, a)]
-            terms += [
-                times(times(u, v), self._sum_cov(j, k))
-                for j, u in a.of_sum.items()
-                for k, v in b.of_sum.items()
-            ]
-            self._covariances[a, b] = self._covariances[b, a] = total(*terms)
-        return self._covariances[a, b]
+            )
+        )
 
-    def _cross(self, a: Root, b: Root) -> Any:
-        """``sum_j D_a U_bj w_j v``"""
+    def _mixed_cov(self, a: Root, b: Root) -> Any:
+        a_parts, b_parts = _written_out(a), _written_out(b)
+        local = _pairs(a_parts.of_local, b_parts.of_local, self._cov)
+        sums = _pairs(a_parts.of_sum, b_parts.of_sum, self._sum_cov)
+        if a is b:
+            return total(*local, times(2.0, self._cross(a_parts, a_parts)), *sums)
+        return total(*local, self._cross(a_parts, b_parts), self._cross(b_parts, a_parts), *sums)
+
+    def _cross(self, a: Mixed, b: Mixed) -> Any:
+        """``sum_j sum_lm D_al U_bj w_jm c(l, m)``"""
         return total(
             *(
-                times(times(times(d, u), j.of_source[source]), self._spreads.get(source))
-                for source, d in a.of_source.items()
+                times(u, total(*_pairs(a.of_local, j.of_local, self._cov)))
                 for j, u in b.of_sum.items()
-                if source in j.of_source
             )
         )
 
     def _sum_cov(self, j: Sum, k: Sum) -> Any:
-        if (j, k) not in self._sum_covariances:
-            terms = [
-                self._sum(times(times(w, k.of_source[i]), self._spreads.get(i)), self._reduced)
-                for i, w in j.of_source.items()
-                if i in k.of_source
-            ]
-            self._sum_covariances[j, k] = self._sum_covariances[k, j] = total(*terms)
-        return self._sum_covariances[j, k]
+        """``V_jk``"""
+
+        def summed(j: Sum, k: Sum) -> Any:
+            # Each term by itself: one of repeated sources is not there at every position.
+            return total(
+                *(self._sum(x, self._reduced) for x in _pairs(j.of_local, k.of_local, self._cov))
+            )
+
+        return self._once(j, k, summed)
+
+    def _once(self, a: Any, b: Any, cov: Callable[[Any, Any], Any]) -> Any:
+        """A covariance, computed for a pair when it is first asked for."""
+        if (a, b) not in self._covariances:
+            self._covariances[a, b] = self._covariances[b, a] = cov(a, b)
+        return self._covariances[a, b]
 
     # Between the shape of a value and the block's frame
 
@@ -270,6 +307,10 @@ def _as(shift: Any, value: Value) -> Any:
     return lax.convert_element_type(jnp.broadcast_to(shift, value.shape), value.dtype)
 
 
+def _written_out(root: Root) -> Mixed:
+    return root if isinstance(root, Mixed) else Mixed({root: 1.0}, {})
+
+
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return x if x.shape == shape else lax.reshape(x, shape)
 
@@ -294,6 +335,13 @@ def plus(a: Coefficient, b: Coefficient) -> Coefficient:
     if a is None or b is None:
         return b if a is None else a
     return _number(a) + _number(b)
+
+
+def _pairs(
+    a: dict[Any, Coefficient], b: dict[Any, Coefficient], cov: Callable[[Any, Any], Any]
+) -> list[Any]:
+    """The terms ``a_x b_y cov(x, y)``."""
+    return [times(times(d, e), cov(x, y)) for x, d in a.items() for y, e in b.items()]
 
 
 def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:
