@@ -1,8 +1,8 @@
 """Which equations form a block: pure graph analysis, no arithmetic.
 
-A block is a set of pointwise equations, with the reductions and the changes of view between them,
-that is treated as one function: the library is exact inside a block and drops off-diagonal terms
-only between blocks. Blocks follow from the structure of the program alone:
+A block is a set of pointwise equations, with the reductions and the changes of view between them
+(reshapes, broadcasts, stacks), that is treated as one function: the library is exact inside a block
+and drops off-diagonal terms only between blocks. Blocks follow from the program's structure alone:
 
     level(input) = 0
     level(y) = max level(operands)        y made by a pointwise equation, a reduction or a view

@@ -1,0 +1,65 @@
+"""Which equations form a block. That blocks are computed rightly is tested in test_rules.py."""
+
+import jax.numpy as jnp
+from cases import normal
+from jax import nn
+
+import hesscale_jax as hs
+from hesscale_jax._jaxpr import flatten, trace
+from hesscale_jax.blocks import plan
+from hesscale_jax.rules.table import find
+
+
+def blocks(fun, *args):
+    """The names of the equations of each block, in program order."""
+    program = flatten(trace(fun, *args))
+    found = plan(program, program.inputs, program.outputs, lambda eqn: find(hs.RULES, eqn)).blocks
+    names = {}
+    for eqn, block in found.items():
+        names.setdefault(block, []).append(eqn.name)
+    return list(names.values())
+
+
+def test_a_normalisation_is_one_block():
+    for fun in (nn.softmax, nn.standardize, nn.gelu, lambda x: nn.logsumexp(nn.silu(x), 0)):
+        assert len(blocks(fun, normal(4, 6))) == 1
+
+
+def test_a_linear_layer_ends_a_block():
+    found = blocks(lambda x, w: jnp.cos(jnp.sin(x) @ w), normal(4, 6), normal(6, 3))
+    assert found == [["sin"], ["cos"]]
+
+
+def test_a_residual_stream_is_not_one_block():
+    def stream(x, w):
+        for _ in range(3):
+            x = x + jnp.tanh(x) @ w
+        return x
+
+    found = blocks(stream, normal(4, 6), normal(6, 6))
+    assert found == [["tanh"], ["add", "tanh"], ["add", "tanh"], ["add"]]
+
+
+def test_a_second_set_of_axes_starts_a_block():
+    def fun(x):
+        y = jnp.sin(x) - jnp.sin(x).sum(0, keepdims=True)
+        return y - y.sum(1, keepdims=True)
+
+    assert [names.count("reduce_sum") for names in blocks(fun, normal(4, 6))] == [1, 1]
+
+
+def test_a_transposition_is_no_view():
+    found = blocks(lambda x: jnp.sin(x) + jnp.cos(x).T, normal(4, 4))
+    assert found == [["sin"], ["cos"], ["add"]]
+
+
+def test_what_does_not_depend_on_the_arguments_is_in_none():
+    found = blocks(lambda x: x * jnp.sin(jnp.arange(6.0)), normal(6))
+    assert found == [["mul"]]
+
+
+def test_a_row_taken_as_a_column_is_another_view():
+    # Of a square array, sums of rows are put where those of columns would be.
+    found = blocks(lambda x: jnp.sin(x) - jnp.sin(x).sum(1)[None], normal(4, 4))
+    assert [names[-1] for names in found][-1] == "sub"
+    assert len(found) == 2
