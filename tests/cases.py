@@ -190,6 +190,8 @@ BLOCKS: dict[str, Case] = {
     **{name: (getattr(nn, name), x) for name in ACTIVATIONS},
     "gelu, exact": (lambda x: nn.gelu(x, approximate=False), x),
     "glu": (nn.glu, x),
+    "log1mexp": (nn.log1mexp, a),
+    "logmeanexp": (lambda x: nn.logmeanexp(x, 1), x),
     "relu squared": (lambda x: nn.relu(x) ** 2, x),
     # Softmax and relatives
     "softmax": (nn.softmax, x),

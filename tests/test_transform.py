@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal
+from cases import ACTIVATIONS, normal
 from jax import lax, nn
 
 import hesscale_jax as hs
@@ -193,6 +193,19 @@ def test_derivatives_inside_the_loss():
 
     p = normal(4)
     grad, diagonal = hs.hesscale(fun)(p)
+    assert_trees_close(grad, jax.grad(fun)(p))
+    assert_trees_close(diagonal, exact_diagonal(fun, p))
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "abs"])
+def test_kinks_are_where_jax_has_them(name):
+    activation = jnp.abs if name == "abs" else getattr(nn, name)
+
+    def fun(p):
+        return jnp.sum(activation(p) * jnp.array([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0]))
+
+    p = jnp.array([-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0])
+    grad, diagonal = jax.jit(hs.hesscale(fun))(p)
     assert_trees_close(grad, jax.grad(fun)(p))
     assert_trees_close(diagonal, exact_diagonal(fun, p))
 

@@ -55,7 +55,6 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "mul": d.mul,
         "div": d.div,
         # Pointwise, in closed form
-        "abs": d.absolute,
         "cos": d.cos,
         "erf": d.erf,
         "exp": d.exp,
@@ -71,7 +70,9 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "square": d.square,
         "tanh": d.tanh,
         # Pointwise, by nested jvp
-        **dict.fromkeys(("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh"), nested),
+        **dict.fromkeys(
+            ("abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh"), nested
+        ),
         **dict.fromkeys(("bessel_i0e", "bessel_i1e", "cbrt", "clamp", "cosh", "digamma"), nested),
         **dict.fromkeys(("erf_inv", "erfc", "exp2", "lgamma", "log2", "one_minus_square"), nested),
         **dict.fromkeys(("polygamma", "pow", "rem", "sinh", "tan"), nested),

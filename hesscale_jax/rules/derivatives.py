@@ -164,7 +164,6 @@ sqrt = unary(lambda x, y: ((d := 0.5 / y), -0.5 * d / x))
 rsqrt = unary(lambda x, y: ((d := -0.5 * (y / x)), -1.5 * d / x))
 square = unary(lambda x, y: (2 * x, 2.0))
 erf = unary(_erf)
-absolute = unary(lambda x, y: (lax.sign(x), None))
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
 div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
