@@ -185,7 +185,8 @@ class _Builder:
         """One object per literal, so that equal operands are identical."""
         key: Any = id(value)
         if np.ndim(value) == 0 and not isinstance(value, jax.Array):
-            key = (type(value), np.asarray(value).dtype, np.asarray(value).item())
+            # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
+            key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
 
 

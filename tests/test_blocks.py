@@ -63,3 +63,12 @@ def test_a_row_taken_as_a_column_is_another_view():
     found = blocks(lambda x: jnp.sin(x) - jnp.sin(x).sum(1)[None], normal(4, 4))
     assert [names[-1] for names in found][-1] == "sub"
     assert len(found) == 2
+
+
+def test_a_vector_along_rows_and_along_columns_is_not_at_two_places():
+    def fun(x, r):
+        u = jnp.sin(x)
+        return u * r[None] + (u.sum(1) * r)[:, None]
+
+    found = blocks(fun, normal(4, 4), normal(4, seed=1))
+    assert len(found) > 1

@@ -50,6 +50,24 @@ def test_equal_equations_are_one():
     assert names(lambda x: (x + np.ones(3)) * (x + np.zeros(3)), normal(3)).count("add") == 2
 
 
+def test_operands_that_only_compare_equal_are_not_merged():
+    def fun(x):
+        return jnp.arctan2(x, 0.0), jnp.arctan2(x, -0.0), jnp.arctan2(x, jnp.nan)
+
+    received, expected = evaluate(fun, 0.0), fun(0.0)
+    np.testing.assert_array_equal(received, expected)
+    assert received[0] != received[1]
+
+
+def test_custom_derivatives_without_floating_operands_are_merged():
+    @jax.custom_jvp
+    def double(n):
+        return 2 * n
+
+    double.defjvp(lambda primals, tangents: (double(*primals), tangents[0]))
+    assert names(lambda n: double(n) + double(n), 1).count("custom_jvp_call") == 1
+
+
 def test_effects_are_neither_merged_nor_dropped():
     def fun(x):
         jax.debug.callback(lambda x: None, x)
