@@ -148,6 +148,8 @@ def transposed(
     The transpose takes a cotangent of the first output's shift, and one of its spread if
     ``spreads``, and returns the cotangents of the inputs' shifts and spreads.
     """
+    # What does not depend on the moments is computed outside of the transposed program, so that it
+    # may be handed out of it.
     primals: list[Any] = []
 
     def propagated(shifts: Sequence[Any], half_variances: Sequence[Any]) -> list[Any]:
