@@ -122,6 +122,8 @@ class _Walk:
             curved = self._curved(eqn)
             return _Walk(program, operands, steps, self._rules, lambda inner: curved, True).run()
 
+        # Whether a rule keeps second derivatives: Gauss-Newton drops them in the model.
+        recurse.curved = self._curved(eqn)  # type: ignore[attr-defined]
         return recurse
 
 

@@ -1,0 +1,47 @@
+"""What has no rule, and why."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["UNSUPPORTED"]
+
+_COMPLEX = "complex values are not carried: a spread is a real half-variance"
+_FACTORISATION = (
+    "a factorisation's squared Jacobian has no cheap form; hesscale_jax.rules.dense is exact "
+    "where the matrix is small"
+)
+_SOLVE = (
+    "the squared Jacobian of a solve has no cheap form; hesscale_jax.rules.dense is exact where "
+    "the system is small"
+)
+_REDUCER = (
+    "the reducer is an arbitrary function; hesscale_jax.rules.dense is exact for small arrays, and "
+    "sums, products, maxima and minima have rules"
+)
+_REF = "mutable arrays are not followed; use the values that are written"
+_FOREIGN = "JAX cannot differentiate it: it is opaque; wrap it in a jax.custom_jvp"
+_KERNEL = "a kernel's body works on mutable arrays; wrap it in a jax.custom_jvp"
+_EXTENDED = "extended dtypes have no variance"
+_HIJAX = "it acts on types of its own, that have no variance"
+
+UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("complex", "conj", "eig", "fft", "imag", "real"), _COMPLEX),
+        **dict.fromkeys(("cholesky", "eigh", "lu", "qr", "svd"), _FACTORISATION),
+        **dict.fromkeys(("custom_linear_solve", "triangular_solve"), _SOLVE),
+        "tridiagonal_solve": _SOLVE,
+        "reduce": _REDUCER,
+        "reduce_window": "JAX has no reverse-mode derivative of it with an arbitrary reducer",
+        **dict.fromkeys(("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref"), _REF),
+        **dict.fromkeys(("freeze", "get", "get_global", "new_ref", "run_state", "swap"), _REF),
+        **dict.fromkeys(("masked_load", "masked_swap", "mpmd_map", "pallas_call"), _KERNEL),
+        **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _FOREIGN),
+        "composite": "JAX cannot differentiate it; wrap it in a jax.custom_jvp",
+        "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
+        "remat_opt": "its backward pass is decided later; leave out optimize_remat",
+        **dict.fromkeys(("from_edtype", "to_edtype"), _EXTENDED),
+        **dict.fromkeys(("box_get", "box_set", "call_hi_primitive", "new_box"), _HIJAX),
+        **dict.fromkeys(("log_extend", "log_read", "new_log"), _HIJAX),
+    }
+)
+"""Primitives that raise :class:`~hesscale_jax.UnsupportedPrimitiveError`, and the reason it gives."""
