@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hesscale_jax.rules import derivatives as d
-from hesscale_jax.rules.calls import body, linear_call
+from hesscale_jax.rules.calls import call, linear_call
 from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp
 from hesscale_jax.rules.dense_jacobian import dense
@@ -43,7 +43,7 @@ __all__ = [
     "Pointwise",
     "Reduction",
     "binary",
-    "body",
+    "call",
     "constant",
     "dense",
     "linear",
@@ -103,13 +103,13 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("scatter", "scatter-add"), selection),
         "scatter-sub": scatter_sub,
         **dict.fromkeys(("scatter-max", "scatter-min"), scatter_extremum),
-        **dict.fromkeys(("rev", "transpose", "cumsum", "optimization_barrier", "tie"), selection),
+        **dict.fromkeys(("rev", "transpose", "cumsum", "optimization_barrier"), selection),
         **dict.fromkeys(("cummax", "cummin"), cumulative_extremum),
         **dict.fromkeys(("approx_top_k", "sort", "top_k"), selection),
         **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection),
         **dict.fromkeys(("select_and_gather_add", "select_and_scatter_add"), selection),
-        **dict.fromkeys(("device_put", "layout_constraint", "relayout", "reshard"), selection),
-        **dict.fromkeys(("with_memory_space_constraint", "xla_metadata_value"), selection),
+        **dict.fromkeys(("device_put", "layout_constraint", "reshard"), selection),
+        "xla_metadata_value": selection,
         # Products
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
         "ragged_dot_general": multilinear,
@@ -117,10 +117,8 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,
         # Calls
-        "custom_vmap_call": body("call"),
-        "eval_jaxpr": body("call_jaxpr"),
+        **dict.fromkeys(("custom_vmap_call", "eval_jaxpr", "xla_metadata_call"), call),
         "linear_call": linear_call,
-        "xla_metadata_call": body("jaxpr"),
         # Piecewise constant: a path ends
         **dict.fromkeys(("eq", "ge", "gt", "is_finite", "le", "lt", "ne"), constant),
         **dict.fromkeys(("ceil", "floor", "round", "sign", "stop_gradient"), constant),

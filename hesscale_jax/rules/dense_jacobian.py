@@ -17,7 +17,7 @@ __all__ = ["dense"]
 
 
 def dense(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
-    """``dy = J dx + sum_i d2f/dx_i2 vx_i, vy = (J*J) vx``, with ``J`` and ``d2f/dx_i2`` written out.
+    """``dy = J dx + sum_i d2f/dx_i2 vx_i, vy = (J*J) vx``, with the derivatives written out.
 
     The domain is every primitive that JAX differentiates twice, with real operands and results. No
     primitive has this rule by default: for an operand of n entries and results of m it takes n

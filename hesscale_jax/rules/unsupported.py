@@ -35,13 +35,16 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref"), _REF),
         **dict.fromkeys(("freeze", "get", "get_global", "new_ref", "run_state", "swap"), _REF),
         **dict.fromkeys(("masked_load", "masked_swap", "mpmd_map", "pallas_call"), _KERNEL),
+        "with_memory_space_constraint": _KERNEL,
         **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _FOREIGN),
         "composite": "JAX cannot differentiate it; wrap it in a jax.custom_jvp",
         "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
+        "relayout": "layouts that are part of an array's type are not followed",
+        **dict.fromkeys(("stage", "tie"), "it is no part of a traced function"),
         "remat_opt": "its backward pass is decided later; leave out optimize_remat",
         **dict.fromkeys(("from_edtype", "to_edtype"), _EXTENDED),
         **dict.fromkeys(("box_get", "box_set", "call_hi_primitive", "new_box"), _HIJAX),
         **dict.fromkeys(("log_extend", "log_read", "new_log"), _HIJAX),
     }
 )
-"""Primitives that raise :class:`~hesscale_jax.UnsupportedPrimitiveError`, and the reason it gives."""
+"""Primitives that raise ``UnsupportedPrimitiveError``, and the reason it gives."""
