@@ -142,6 +142,7 @@ def _side_by_side(eqn: Equation, positions: Sequence[int]) -> Any:
 
 
 def _concatenate(eqn: Equation, find: Any) -> Selection:
+    """Arrays of one entry each side by side are a stack, others a selection."""
     one_wide = all(v.shape[_joined_axis(eqn)] == 1 for v in eqn.inputs)
     return join if one_wide else selection
 

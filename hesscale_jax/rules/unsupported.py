@@ -19,10 +19,11 @@ _REDUCER = (
     "sums, products, maxima and minima have rules"
 )
 _REF = "mutable arrays are not followed; use the values that are written"
-_FOREIGN = "JAX cannot differentiate it: it is opaque; wrap it in a jax.custom_jvp"
-_KERNEL = "a kernel's body works on mutable arrays; wrap it in a jax.custom_jvp"
+_OPAQUE = "JAX has no derivative of it, as it cannot see what it computes"
+_KERNEL = "a kernel works on mutable arrays, which are not followed"
 _EXTENDED = "extended dtypes have no variance"
 _HIJAX = "it acts on types of its own, that have no variance"
+_PROCESSES = "it moves arrays between processes; do so outside of the loss"
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
@@ -36,8 +37,8 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("freeze", "get", "get_global", "new_ref", "run_state", "swap"), _REF),
         **dict.fromkeys(("masked_load", "masked_swap", "mpmd_map", "pallas_call"), _KERNEL),
         "with_memory_space_constraint": _KERNEL,
-        **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _FOREIGN),
-        "composite": "JAX cannot differentiate it; wrap it in a jax.custom_jvp",
+        **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _OPAQUE),
+        "composite": "JAX has no derivative of it",
         "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
         "relayout": "layouts that are part of an array's type are not followed",
         **dict.fromkeys(("stage", "tie"), "it is no part of a traced function"),
@@ -45,6 +46,9 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("from_edtype", "to_edtype"), _EXTENDED),
         **dict.fromkeys(("box_get", "box_set", "call_hi_primitive", "new_box"), _HIJAX),
         **dict.fromkeys(("log_extend", "log_read", "new_log"), _HIJAX),
+        **dict.fromkeys(("get_variable", "new_variable", "set_variable"), _HIJAX),
+        "global_array_to_host_local_array": _PROCESSES,
+        "host_local_array_to_global_array": _PROCESSES,
     }
 )
 """Primitives that raise ``UnsupportedPrimitiveError``, and the reason it gives."""
