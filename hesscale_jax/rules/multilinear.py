@@ -13,7 +13,7 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import widened
-from hesscale_jax.rules.selection import push
+from hesscale_jax.rules.selection import in_wide_dtype, push
 
 __all__ = ["multilinear", "product"]
 
@@ -63,7 +63,7 @@ def product(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
     primals = [x.primal for x in operands]
     squares = [x * x if jnp.issubdtype(x.dtype, jnp.floating) else x for x in map(widened, primals)]
     (shift,) = push(eqn, primals, [x.shift for x in operands])
-    (spread,) = push(eqn, squares, [x.spread for x in operands])
+    (spread,) = push(in_wide_dtype(eqn), squares, [x.spread for x in operands])
     return [Moments(_jaxpr.bind(eqn, *primals), shift, spread)]
 
 

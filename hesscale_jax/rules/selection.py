@@ -16,7 +16,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
-from hesscale_jax.moments import Moments
+from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Pointwise, share, widened
 from hesscale_jax.rules.table import ByEquation, PiecewiseConstant
 
@@ -49,7 +49,9 @@ class Selection:
                 Moments,
                 _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn),
                 push(eqn, primals, [x.shift for x in operands]),
-                self.spreads(eqn, list(map(widened, primals)), [x.spread for x in operands]),
+                self.spreads(
+                    in_wide_dtype(eqn), list(map(widened, primals)), [x.spread for x in operands]
+                ),
             )
         )
 
@@ -166,6 +168,24 @@ def scan_squared(
 
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
     return lax.associative_scan(combined, (x, v), reverse, axis)[1]
+
+
+REDUCERS = {
+    "scatter-add": lax.add,
+    "scatter-max": lax.max,
+    "scatter-min": lax.min,
+    "scatter-mul": lax.mul,
+}
+
+
+def in_wide_dtype(eqn: Equation) -> Equation:
+    """The equation for operands in the dtype of their spreads: a scatter's reducer has a dtype."""
+    wide = spread_dtype(eqn.outputs[0].dtype)
+    if eqn.name not in REDUCERS or eqn.outputs[0].dtype == wide:
+        return eqn
+    scalar = jax.ShapeDtypeStruct((), wide)
+    reducer = _jaxpr.trace(REDUCERS[eqn.name], scalar, scalar).jaxpr
+    return dataclasses.replace(eqn, params=eqn.params | {"update_jaxpr": reducer})
 
 
 def _scatter_add(eqn: Equation, x: Any, indices: Any, updates: Any) -> Any:
