@@ -13,6 +13,10 @@ import optax
 from flax import linen, nnx
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import linear_call
+from jax.experimental import xla_metadata
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.scipy import special
 
 LABELS = np.array([0, 3, 2, 5])
@@ -37,6 +41,16 @@ x, w = normal(4, 6), normal(4, 6, seed=1)
 a, b = positive(4, 6), positive(4, 6, seed=1)
 image = normal(2, 3, 2, 6)
 
+ON_ONE_DEVICE = jax.NamedSharding(jax.make_mesh((1,), ("all",)), jax.P())
+TIES = jnp.round(normal(4, 6, seed=2))
+OUTSIDE = np.array([3, 4, -9])  # of 4 rows: the last of them, and two that are not there
+MODES = ("clip", "fill")
+SCATTERS = {
+    "": lambda at, u, mode: at.set(u, mode=mode),
+    "-add": lambda at, u, mode: at.add(u, mode=mode),
+    "-sub": lambda at, u, mode: at.subtract(u, mode=mode),
+}
+
 Case = tuple[Callable[..., Any], *tuple[Any, ...]]
 
 UNARY: dict[str, Case] = {
@@ -51,6 +65,12 @@ UNARY: dict[str, Case] = {
     "bessel_i1e": (lax.bessel_i1e, a),
     "cbrt": (jnp.cbrt, a),
     "clamp": (lambda x: lax.clamp(-0.5, x * x, 0.5) * x, x),
+    "clamp, of bounds too": (
+        lambda low, x, high: lax.clamp(low * low, x * high, high) * x,
+        a - 1,
+        x,
+        a,
+    ),
     "convert_element_type": (lambda x: x.astype(jnp.float32) * 2, x),
     "copy": (lambda x: jnp.array(x, copy=True), x),
     "cos": (jnp.cos, x),
@@ -62,6 +82,8 @@ UNARY: dict[str, Case] = {
     "exp": (jnp.exp, x),
     "exp2": (jnp.exp2, x),
     "expm1": (jnp.expm1, x),
+    "igamma": (lambda x: lax.igamma(b, x), a),
+    "igammac": (lambda x: lax.igammac(b, x), a),
     "integer_pow": (lambda x: x**3 + x**-2 + x**5, a),
     "integer_pow of degree 0 and 1": (lambda x: x * lax.integer_pow(x, 0) + x**1, a),
     "lgamma": (special.gammaln, a),
@@ -72,7 +94,9 @@ UNARY: dict[str, Case] = {
     "name": (lambda x: checkpoint_name(x * x, "square"), x),
     "neg": (lambda x: -x, x),
     "polygamma": (lambda x: special.polygamma(1, x), a),
+    "random_gamma": (lambda a: jax.random.gamma(jax.random.key(0), 1 + a), a),
     "reduce_precision": (lambda x: lax.reduce_precision(x * x, 11, 52), x),
+    "regularized_incomplete_beta": (lambda x: lax.betainc(a, b, x), a - 0.3),
     "rsqrt": (lax.rsqrt, a),
     "sharding_constraint": (lambda x: constrained(x) ** 2, x),
     "sin": (jnp.sin, x),
@@ -126,17 +150,30 @@ BINARY: dict[str, Case] = {
 SELECTION: dict[str, Case] = {
     "broadcast_in_dim": (lambda x: lax.broadcast_in_dim(x, (3, 4, 5, 6), (1, 3)), x),
     "concatenate": (lambda x, w: jnp.concatenate([x, w], 1), x, w),
+    "approx_top_k": (lambda x: lax.approx_max_k(x, 3)[0], x),
     "cummax": (lambda x: lax.cummax(x, 1), x),
+    "cummax, backwards": (lambda x: lax.cummax(x, 1, reverse=True), x),
+    "cummax of ties": (lambda x: lax.cummax(x, 0), TIES),
     "cummin": (lambda x: lax.cummin(x, 0), x),
     "cumsum": (lambda x: jnp.cumsum(x, 0), x),
+    "cumsum, backwards": (lambda x: lax.cumsum(x, 1, reverse=True), x),
+    "device_put": (lambda x, w: jax.device_put((x, w), jax.devices()[0])[1], x, w),
     "dynamic_slice": (lambda x: lax.dynamic_slice(x, (1, 2), (2, 3)), x),
+    "dynamic_slice, out of bounds": (lambda x: lax.dynamic_slice(x, (3, -2), (2, 3)), x),
     "dynamic_update_slice": (lambda x, u: lax.dynamic_update_slice(x, u, (1, 2)), x, normal(2, 3)),
     "gather": (lambda x: x[np.array([0, 0, 2])], x),
     "gather by label": (lambda x: jnp.take_along_axis(x, LABELS[:, None], 1), x),
+    **{f"gather, {mode}": (lambda x, mode=mode: x.at[OUTSIDE].get(mode=mode, fill_value=0.0), x) for mode in MODES},
+    "gather by label, out of bounds": (
+        lambda x: jnp.take_along_axis(x, 2 * LABELS[:, None], 1, mode="clip"),
+        x,
+    ),
+    "gather, promise_in_bounds": (lambda x: x.at[LABELS % 4].get(mode="promise_in_bounds"), x),
     "gather of several": (
         lambda x: jnp.take_along_axis(x, LABELS[:2, None] * np.array([[0, 1]]), 1),
         x[:2],
     ),
+    "layout_constraint": (lambda x: with_layout_constraint(x, Layout((1, 0))), x),
     "optimization_barrier": (lambda x, w: lax.optimization_barrier((x, w))[1], x, w),
     "pad": (lambda x: lax.pad(x, 0.0, ((1, 2, 1), (-1, 0, 0))), x),
     "reduce_max": (lambda x: x.max(1), x),
@@ -150,12 +187,46 @@ SELECTION: dict[str, Case] = {
         lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 2, 1), "VALID"),
         normal(2, 5, 4, 3),
     ),
+    "reduce_window_max, padded": (
+        lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 2), (1, 2), ((1, 0), (0, 1))),
+        x,
+    ),
+    "reduce_window_sum, dilated": (
+        lambda x: lax.reduce_window(
+            x, 0.0, lax.add, (2, 2), (1, 2), ((1, 0), (0, 2)), (3, 1), (1, 2)
+        ),
+        x,
+    ),
     "reshape": (lambda x: x.reshape(3, 8), x),
     "rev": (lambda x: x[:, ::-1], x),
+    "reshard": (lambda x: jax.sharding.reshard(x, ON_ONE_DEVICE), x),
     "scatter": (lambda x, u: x.at[np.array([0, 2])].set(u), x, normal(2, 6)),
+    "scatter of one row twice": (lambda x, u: x.at[np.array([2, 2])].set(u), x, normal(2, 6)),
     "scatter-add": (lambda x, u: x.at[np.array([2, 2])].add(u), x, normal(2, 6)),
+    **{
+        f"scatter{kind}, {mode}": (
+            lambda x, u, kind=kind, mode=mode: SCATTERS[kind](x.at[OUTSIDE], u, mode=mode), x, normal(3, 6, seed=1)
+        )
+        for kind in SCATTERS
+        for mode in MODES
+    },
+    "scatter-max": (lambda x, u: x.at[np.array([2, 2])].max(u), x, normal(2, 6, seed=1)),
+    "scatter-max of ties": (lambda x, u: x.at[np.array([1, 1, 2])].max(u), TIES, TIES[:3]),
+    "scatter-min": (lambda x, u: x.at[np.array([2, 2])].min(u), x, normal(2, 6, seed=1)),
+    "scatter-sub": (lambda x, u: x.at[np.array([2, 2])].subtract(u), x, normal(2, 6)),
+    "scatter-sub from data": (lambda u: w.at[np.array([2, 2])].subtract(u), normal(2, 6)),
+    "segment_max": (lambda x: jax.ops.segment_max(x, np.array([0, 2, 2, 0]), 4)[::2], x),
+    "segment_sum": (lambda x: jax.ops.segment_sum(x, np.array([0, 2, 2, 0]), 4), x),
+    "select_and_gather_add": (lambda t: jax.jvp(pooled, (image[..., 0],), (t,))[1], normal(2, 3, 2)),
+    "select_and_scatter_add": (lambda g: jax.vjp(pooled, image[..., 0])[1](g)[0], normal(2, 2, 1)),
     "slice": (lambda x: x[1:4:2, 2:], x),
     "sort": (lambda x: jnp.sort(x, 0), x),
+    "sort of several, by one": (
+        lambda x, w: jnp.stack(lax.sort((x, w, np.arange(24).reshape(4, 6)), num_keys=1)[:2]),
+        x,
+        w,
+    ),
+    "sort of several, by two": (lambda x, w: lax.sort((x, w), dimension=0, num_keys=2)[1], TIES, w),
     "split": (lambda x: jnp.split(x, (1, 3), axis=1)[1], x),
     "squeeze": (lambda x: lax.squeeze(x, (0,)), normal(1, 6)),
     "stack": (lambda x, w: jnp.stack([x, w], 1), x, w),
@@ -163,21 +234,51 @@ SELECTION: dict[str, Case] = {
     "top_k": (lambda x: lax.top_k(x, 3)[0], x),
     "transpose": (lambda x: x.T, x),
     "unstack": (lambda x: jnp.unstack(x, axis=1)[2], x),
-}
+    "xla_metadata_value": (lambda x: set_xla_metadata(x, tag="x"), x),
+}  # fmt: skip
 
 MULTILINEAR: dict[str, Case] = {
     "dot_general": (jnp.matmul, normal(3, 5), normal(5, 2, seed=1)),
     "dot_general, square": (jnp.matmul, normal(3, 3), normal(3, 3, seed=1)),
     "dot_general with a batch": (lambda x, w: jnp.einsum("bij,bkj->bik", x, w), normal(2, 3, 4), normal(2, 5, 4)),
     "dot_general over two axes": (lambda x, w: jnp.einsum("ijk,kjl->il", x, w), normal(2, 3, 4), normal(4, 3, 5)),
+    "dot_general to another dtype": (
+        lambda x, w: lax.dot(x.astype(jnp.float32), w.astype(jnp.float32), preferred_element_type=jnp.float64),
+        normal(3, 5), normal(5, 2, seed=1),
+    ),
+    "dot_general of high precision": (lambda x, w: lax.dot(x, w, precision="highest"), normal(3, 5), normal(5, 2)),
     "conv_general_dilated": (lambda x, k: convolved(x, k, (1, 2), "SAME"), normal(2, 3, 6, 5), normal(4, 3, 3, 2)),
     "conv in groups, dilated": (
         lambda x, k: convolved(x, k, (1, 2), "VALID", rhs_dilation=(2, 1), feature_group_count=2),
         normal(2, 4, 6, 5), normal(6, 2, 3, 2),
     ),
+    "conv in groups of the batch": (
+        lambda x, k: convolved(x, k, (1, 2), "SAME", batch_group_count=2), normal(4, 3, 4, 5), normal(6, 3, 3, 2),
+    ),
     "conv transposed": (
         lambda x, k: convolved(x, k, (1, 1), ((2, 1), (1, 1)), lhs_dilation=(2, 3)),
         normal(2, 3, 3, 2), normal(4, 3, 3, 2),
+    ),
+    "reduce_prod": (lambda x: jnp.prod(x, 1), x),
+    "reduce_prod of zeros": (lambda x: jnp.prod(x, 0), x.at[1].set(0).at[2, 3].set(0)),
+    "reduce_prod of everything": (jnp.prod, normal(2, 3)),
+    "cumprod": (lambda x: jnp.cumprod(x, 0), x.at[1, 2].set(0)),
+    "cumprod, backwards": (lambda x: lax.cumprod(x, 1, reverse=True), x),
+    "scatter-mul": (
+        lambda x, u: x.at[np.array([0, 2])].multiply(u, unique_indices=True), x, normal(2, 6).at[0].set(0),
+    ),
+    "scatter-mul of one row twice": (lambda x: x.at[np.array([2, 2])].multiply(w[:2]), x),
+}  # fmt: skip
+
+OTHER: dict[str, Case] = {
+    "cumlogsumexp": (lambda x: lax.cumlogsumexp(x, 1), x),
+    "cumlogsumexp, backwards": (lambda x: lax.cumlogsumexp(x, 0, reverse=True), x),
+    "pointwise, of another trace": (lambda x: jax.jit(lambda x: jnp.sin(x) * x).trace(x)(x), x),
+    **({"polynomial": (lambda x, c: lax.polynomial(x, [1.0, c, 3.0]), x, w)} if hasattr(lax, "polynomial") else {}),
+    **(
+        {"xla_metadata_call": (xla_metadata.xla_metadata_call(lambda x: jnp.sin(x) * x, tag="x"), x)}
+        if hasattr(xla_metadata, "xla_metadata_call")
+        else {}
     ),
 }  # fmt: skip
 
@@ -185,6 +286,14 @@ ACTIVATIONS = (
     "celu elu gelu hard_sigmoid hard_silu hard_swish hard_tanh identity leaky_relu log_sigmoid mish "
     "relu relu6 selu sigmoid silu soft_sign softplus sparse_plus sparse_sigmoid squareplus swish tanh"
 ).split()
+
+CONTROL: dict[str, Case] = {
+    "cond": (lambda x: lax.cond(x[0, 0] < 9, jnp.sin, jnp.cos, x), x),
+    "scan": (lambda x: lax.scan(lambda c, x: (c, x * c), 2.0, x)[1], x),
+    "scan with a carry": (lambda x: lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)[0], x),
+    "custom_vjp_call": (lambda x: halved(x), x),
+    "custom_jvp_call, not entry by entry": (lambda x: reversed_sine(x), x),
+}  # fmt: skip
 
 BLOCKS: dict[str, Case] = {
     **{name: (getattr(nn, name), x) for name in ACTIVATIONS},
@@ -266,12 +375,65 @@ BLOCKS: dict[str, Case] = {
     "policy ratio": (lambda x: jnp.exp(jnp.take_along_axis(nn.log_softmax(x), LABELS[:, None], 1)), x),
 }  # fmt: skip
 
-CASES = UNARY | BINARY | SELECTION | MULTILINEAR | BLOCKS
+# What cannot be vectorised, as dense algebra is, or what is written without a derivative in JAX: a
+# function, the same in other words, and where to evaluate both.
+PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]] = {
+    "clamp, of a scalar bound": (
+        lambda low, x: lax.clamp(low, x, 0.5) * x, lambda low, x: jnp.clip(x, low, 0.5) * x, normal() - 1, x,
+    ),
+    "custom_vmap_call": (
+        lambda x: sine_times(x), lambda x: jnp.sin(x) * x, x,
+    ),
+    "linear_call": (
+        lambda x: linear_call(lambda w, x: w @ x, lambda w, y: w.T @ y, w, x), lambda x: w @ x, normal(6),
+    ),
+    "ragged_dot_general": (
+        lambda x, w: lax.ragged_dot(x, w, np.array([2, 0, 3])),
+        lambda x, w: jnp.einsum("bi,bij->bj", x, w[np.array([0, 0, 2, 2, 2])]),
+        normal(5, 2), normal(3, 2, 4),
+    ),
+}  # fmt: skip
+
+CASES = UNARY | BINARY | SELECTION | MULTILINEAR | OTHER | CONTROL | BLOCKS
+
+
+@jax.custom_vjp
+def halved(x: jax.Array) -> jax.Array:
+    """The cube of half of ``x``, with a rule that gives its gradient."""
+    return (x / 2) ** 3
+
+
+halved.defvjp(lambda x: ((x / 2) ** 3, x), lambda x, g: (3 / 8 * x**2 * g,))
+
+
+@jax.custom_jvp
+def reversed_sine(x: jax.Array) -> jax.Array:
+    """The sine, in the other order."""
+    return jnp.sin(x[::-1])
+
+
+reversed_sine.defjvp(lambda xs, ts: (reversed_sine(*xs), (jnp.cos(xs[0]) * ts[0])[::-1]))
 
 
 def constrained(x: jax.Array) -> jax.Array:
     """An array with a sharding that it has anyway."""
     return lax.with_sharding_constraint(x, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+@jax.custom_batching.custom_vmap
+def sine_times(x: jax.Array) -> jax.Array:
+    """``x sin(x)`` with its own way to be vectorised."""
+    return jnp.sin(x) * x
+
+
+@sine_times.def_vmap
+def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    return jnp.sin(x) * x, batched[0]
+
+
+def pooled(x: jax.Array) -> jax.Array:
+    """The maxima of overlapping windows."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2), (1, 1, 1), "VALID")
 
 
 def convolved(x: Any, kernel: Any, *args: Any, **kwargs: Any) -> jax.Array:

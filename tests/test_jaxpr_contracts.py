@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import normal
 from jax import lax, nn
+from jax.experimental import pallas
 from jax.extend import core
 
 from hesscale_jax import _jaxpr
@@ -177,9 +178,109 @@ def test_outputs_that_no_equation_makes(fun):
     assert all(isinstance(v, Value | Constant) for v in program.outputs)
 
 
+def test_calls_that_are_written_out():
+    made = trace(jax.jit(jnp.sin), 1.0).jaxpr.eqns + trace(jax.checkpoint(jnp.sin), 1.0).jaxpr.eqns
+    assert all(e.primitive.name in _jaxpr.CALLS for e in made)
+    assert all(_jaxpr.CALLS[e.primitive.name] in e.params for e in made)
+
+
+def test_checkpoint_marks_a_region():
+    policy = jax.checkpoint_policies.dots_saveable
+    inner = jax.checkpoint(lambda x: jnp.sin(x) * 2, policy=policy, prevent_cse=False)
+    fun = jax.checkpoint(lambda x: jnp.cos(inner(x)))
+    sin, mul, cos, add = flatten(trace(lambda x: 1 + fun(x), 1.0)).equations
+    assert add.region is None
+    assert sin.region is mul.region
+    assert sin.region.parent is cos.region
+    assert cos.region.parent is None
+    assert sin.region.options == {"policy": policy, "prevent_cse": False}
+    assert cos.region.options == {"policy": None, "prevent_cse": True}
+
+
+def test_groups_of_scan():
+    def fun(w, x, y):
+        return lax.scan(lambda c, xy: ((xy[0] + w, c[0]), xy[1] * w), (x[0], x[0]), (x, y))
+
+    (eqn,) = (e for e in flatten(trace(fun, 1.0, normal(3), normal(3))).equations if e.bodies)
+    assert [list(group) for group in _jaxpr.scan_groups(eqn)] == [[0], [1, 2], [3, 4]]
+    (body,) = eqn.bodies
+    assert list(body.inputs) == [0, 1, 2, 3, 4]
+    assert body.carry == {0: 1, 1: 2}
+    assert [v.shape for v in body.program.inputs] == [()] * 5
+    assert len(body.program.outputs) == len(eqn.outputs) == 3
+    assert {"length", "reverse", "unroll"} <= eqn.params.keys()
+
+
+def test_bodies_of_while_and_cond():
+    def loop(n, w, x):
+        return lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] * w), (0, x))
+
+    (eqn,) = flatten(trace(loop, 3, 1.0, 2.0)).equations
+    (body,) = eqn.bodies
+    operands = [eqn.inputs[i].shape for i in body.inputs]
+    assert operands == [v.shape for v in body.program.inputs]
+    assert [list(body.inputs), body.carry] == [[1, 2, 3], {0: 1, 1: 2}]
+
+    def branches(i, x):
+        return lax.switch(i, [jnp.sin, jnp.cos, lambda x: x], x)
+
+    eqn = flatten(trace(branches, 1, 2.0)).equations[-1]
+    assert [list(body.inputs) for body in eqn.bodies] == [[1]] * 3
+    assert [[e.name for e in body.program.equations] for body in eqn.bodies] == [
+        ["sin"],
+        ["cos"],
+        [],
+    ]
+
+
+def test_bodies_of_functions_with_their_own_derivatives():
+    for wrap in (jax.custom_jvp, jax.custom_vjp):
+
+        @wrap
+        def scaled(x, n):
+            return jnp.sin(x) * n
+
+        if wrap is jax.custom_jvp:
+            scaled.defjvp(lambda primals, tangents: (scaled(*primals), tangents[0]))
+        else:
+            scaled.defvjp(lambda x, n: (scaled(x, n), None), lambda _, g: (g, None))
+        eqn = flatten(trace(scaled, 1.0, 2)).equations[-1]
+        assert _jaxpr.label(eqn) == f"{eqn.name}[scaled]"
+        (body,) = eqn.bodies
+        assert list(body.inputs) == [0, 1]
+        assert "sin" in [e.name for e in body.program.equations]
+
+
+def test_labels_of_kernels():
+    def kernel(x, y):
+        y[...] = x[...] * 2
+
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    named = pallas.pallas_call(kernel, shape, name="doubled", interpret=True)
+    (eqn,) = flatten(trace(named, jnp.zeros(3, jnp.float32))).equations
+    assert _jaxpr.label(eqn) == "pallas_call[doubled]"
+    (eqn,) = flatten(trace(jax.ffi.ffi_call("doubled", shape), jnp.zeros(3))).equations
+    assert _jaxpr.label(eqn) == "ffi_call[doubled]"
+    (eqn,) = flatten(trace(jnp.sin, 1.0)).equations
+    assert _jaxpr.label(eqn) == "sin"
+
+
+def test_shard_map_is_bound_again():
+    spec = jax.sharding.PartitionSpec("d")
+    fun = jax.shard_map(
+        lambda x: x - lax.pmean(x, "d"),
+        mesh=jax.make_mesh((4,), ("d",)),
+        in_specs=spec,
+        out_specs=spec,
+    )
+    (eqn,) = (e for e in flatten(trace(fun, normal(8))).equations if e.name == "shard_map")
+    (body,) = eqn.bodies
+    assert body.program.inputs[0].shape == (2,)
+    again = _jaxpr.shard_mapped(eqn, lambda x: (x - lax.pmean(x, "d"),))
+    np.testing.assert_array_equal(again(normal(8))[0], fun(normal(8)))
+
+
 def test_names_that_the_library_matches():
-    made = [e.primitive.name for e in trace(jax.jit(jnp.sin), 1.0).jaxpr.eqns]
-    assert set(made) == _jaxpr.CALLS
     named = trace(lambda x: jax.ad_checkpoint.checkpoint_name(x, "model_output"), 1.0).jaxpr.eqns
     assert [(e.primitive.name, e.params["name"]) for e in named] == [("name", "model_output")]
     assert isinstance(trace(jnp.sin, 1.0), core.ClosedJaxpr)

@@ -335,18 +335,20 @@ def test_training_step_in_scan_and_cond():
 
 def test_a_rule_for_a_primitive_without_one():
     def fun(p):
-        return jnp.sum(lax.cumprod(p * jnp.ones(1), 0) ** 2)
+        return jnp.sum(lax.linalg.cholesky(p, symmetrize_input=False))
 
-    def cumprod(eqn, operands, recurse):
-        # Of one entry, the cumulative product is the entry.
-        return operands
+    def cholesky(eqn, operands, recurse):
+        # Of one entry, the Cholesky factor is the square root.
+        ((x, dx, vx),) = operands
+        y = jnp.sqrt(x)
+        return [hs.Moments(y, dx / (2 * y) - vx / (4 * y**3), vx / (4 * x))]
 
-    p = normal(1)
-    with pytest.raises(hs.UnsupportedPrimitiveError, match="cumprod"):
+    p = jnp.full((1, 1), 2.0)
+    with pytest.raises(hs.UnsupportedPrimitiveError, match="cholesky"):
         hs.hesscale(fun)(p)
-    for key in ("cumprod", lax.cumprod_p):
-        _, diagonal = hs.hesscale(fun, rules=hs.RULES | {key: cumprod})(p)
-        assert_trees_close(diagonal, jnp.full(1, 2.0))
+    for key in ("cholesky", lax.linalg.cholesky_p):
+        _, diagonal = hs.hesscale(fun, rules=hs.RULES | {key: cholesky})(p)
+        assert_trees_close(diagonal, jax.hessian(fun)(p).reshape(1, 1))
 
 
 def test_a_rule_that_recurses():
@@ -422,15 +424,16 @@ def test_unfit_argnums(argnums, error, says):
 
 def test_unsupported_primitive_names_itself_the_line_and_the_options():
     def model(p):
-        return jnp.fft.fft(p)  # the line to be named
+        return lax.linalg.cholesky(p)  # the line to be named
 
     with pytest.raises(hs.UnsupportedPrimitiveError) as caught:
-        jax.jit(hs.hesscale(lambda p: jnp.sum(model(p).real)))(normal(4))
+        jax.jit(hs.hesscale(lambda p: jnp.sum(model(p))))(normal(4, 4))
     line = model.__code__.co_firstlineno + 1
     assert isinstance(caught.value, NotImplementedError)
-    assert f"no rule for 'fft' (used at {__file__}:{line}" in str(caught.value)
+    assert f"no rule for 'cholesky' (used at {__file__}:{line}" in str(caught.value)
     assert "stop_gradient" in str(caught.value)
-    assert "rules=hesscale_jax.RULES | {'fft': rule}" in str(caught.value)
+    assert "rules=hesscale_jax.RULES | {'cholesky': rule}" in str(caught.value)
+    assert "hesscale_jax.rules.dense" in str(caught.value)
 
 
 def test_unsupported_primitive_off_the_path_is_evaluated():

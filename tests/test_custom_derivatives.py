@@ -1,0 +1,217 @@
+"""Functions with their own derivatives: the gradient is their rule's, the curvature their body's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import normal, normalised
+from jax import lax, nn
+from jax.experimental import pallas
+
+import hesscale_jax as hs
+
+X, W = normal(4, 6), normal(6, 3, seed=1)
+
+
+def with_vjp(fun):
+    """``fun``, with its own derivative in other words."""
+
+    @jax.custom_vjp
+    def wrapped(*args):
+        return fun(*args)
+
+    def backward(args, cotangent):
+        return jax.vjp(fun, *args)[1](cotangent)
+
+    wrapped.defvjp(lambda *args: (fun(*args), args), backward)
+    return wrapped
+
+
+def with_jvp(fun):
+    """The same by a forward rule."""
+    wrapped = jax.custom_jvp(lambda *args: fun(*args))
+    wrapped.defjvp(lambda primals, tangents: jax.jvp(fun, primals, tangents))
+    return wrapped
+
+
+every_wrapper = pytest.mark.parametrize("wrap", [with_vjp, with_jvp])
+
+
+@every_wrapper
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("where", ["layer", "norm", "loss"])
+def test_equals_the_function_without_its_own_rule(wrap, curvature, where):
+    def loss(w, x, wrapped):
+        norm = wrapped(functools.partial(normalised, axes=-1)) if where == "norm" else norms
+        layer = wrapped(dense) if where == "layer" else dense
+        top = wrapped(squares) if where == "loss" else squares
+        return top(layer(norm(layer(x, w)), w[:3]))
+
+    def norms(x):
+        return normalised(x, -1)
+
+    def dense(x, w):
+        return nn.silu(x @ w)
+
+    def squares(x):
+        return (x**2).mean()
+
+    received = jax.jit(hs.hesscale(lambda w: loss(w, X, wrap), curvature=curvature))(W)
+    expected = jax.jit(hs.hesscale(lambda w: loss(w, X, lambda f: f), curvature=curvature))(W)
+    assert_close(received, expected)
+
+
+@every_wrapper
+def test_several_results_and_integer_operands(wrap):
+    def fun(x, index, w):
+        picked = jnp.take(x @ w, index, axis=1)
+        return jnp.sin(picked).sum(1), index + 1, jnp.cumsum(x, 0)
+
+    def loss(f):
+        def of(x, w):
+            a, index, b = f(x, np.array([0, 2]), w)
+            return (a**2).sum() + (b * index.sum()).sum()
+
+        return of
+
+    received = hs.hesscale(loss(wrap(fun)), (0, 1))(X, W)
+    assert_close(received, hs.hesscale(loss(fun), (0, 1))(X, W))
+
+
+def test_the_gradient_is_the_rules():
+    """Clipped on the way back; the curvature is that of the identity it computes."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def clipped(x, limit):
+        return x
+
+    clipped.defvjp(lambda x, limit: (x, None), lambda limit, _, g: (jnp.clip(g, -limit, limit),))
+
+    def loss(x, clip):
+        return (clip(jnp.sin(x)) ** 3).sum()
+
+    grad, hess_diag = hs.hesscale(lambda x: loss(x, lambda y: clipped(y, 0.1)))(X)
+    assert_close(grad, jax.grad(lambda x: loss(x, lambda y: clipped(y, 0.1)))(X))
+    # The gradient that meets sin's curvature is the clipped one.
+    s, c = jnp.sin(X), jnp.cos(X)
+    assert_close(hess_diag, 6 * s * c**2 - s * jnp.clip(3 * s**2, -0.1, 0.1))
+
+
+def test_straight_through_has_a_gradient():
+    """The body is piecewise constant: no curvature comes through, but the gradient does."""
+
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+    def loss(w):
+        return (rounded(X @ w) ** 2).sum()
+
+    grad, hess_diag = hs.hesscale(loss)(W)
+    assert_close(grad, jax.grad(loss)(W))
+    assert_close(hess_diag, jnp.zeros_like(W))
+
+
+def test_in_loops_and_under_transformations():
+    norm = with_vjp(lambda x: normalised(x, -1))
+
+    def loss(w, norm):
+        def step(x, w):
+            return jax.checkpoint(lambda x: x + norm(nn.tanh(x @ w)))(x), None
+
+        return (lax.scan(step, X, w)[0] @ W).var()
+
+    w = normal(3, 6, 6, seed=2) / 2
+    received = jax.jit(hs.hesscale(lambda w: loss(w, norm)))(w)
+    assert_close(received, jax.jit(hs.hesscale(lambda w: loss(w, lambda x: normalised(x, -1))))(w))
+    mapped = jax.vmap(hs.hesscale(lambda w: loss(w, norm)))(jnp.stack([w, 2 * w]))
+    assert_close(jax.tree.map(lambda x: x[0], mapped), received)
+
+
+# Kernels
+
+
+def doubled_sine(x):
+    def kernel(x, y):
+        y[...] = 2 * jnp.sin(x[...])
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pallas.pallas_call(kernel, shape, interpret=True)(x)
+
+
+@jax.custom_vjp
+def sine_kernel(x, n):
+    return doubled_sine(x) * n
+
+
+sine_kernel.defvjp(
+    lambda x, n: (sine_kernel(x, n), (x, n)),
+    lambda res, g: (2 * jnp.cos(res[0]) * res[1] * g, None),
+)
+
+
+def kernel_loss(w):
+    return (sine_kernel(X @ w, 3) ** 2).mean()
+
+
+def test_a_kernel_says_how_to_pass_a_rule():
+    with pytest.raises(hs.UnsupportedPrimitiveError) as caught:
+        hs.hesscale(kernel_loss)(W)
+    message = str(caught.value)
+    assert "'pallas_call'" in message
+    assert "test_custom_derivatives.py" in message
+    assert "{'custom_vjp_call[sine_kernel]': hesscale_jax.rules.defined_by(function)}" in message
+    assert caught.value.primitive == "pallas_call"
+
+
+def test_a_kernel_with_the_same_function_in_jax():
+    rules = hs.RULES | {
+        "custom_vjp_call[sine_kernel]": hs.rules.defined_by(lambda x, n: 2 * jnp.sin(x) * n)
+    }
+    received = jax.jit(hs.hesscale(kernel_loss, rules=rules))(W)
+    assert_close(received[0], jax.grad(kernel_loss)(W))
+    assert_close(received, hs.hesscale(lambda w: ((6 * jnp.sin(X @ w)) ** 2).mean())(W))
+
+
+def test_a_kernel_with_a_rule_by_hand():
+    def sine_rule(eqn, operands, recurse):
+        """``dy = 2 n (cos(x) dx - sin(x) vx), vy = (2 n cos(x))^2 vx``."""
+        x, n = operands
+        y = sine_kernel(x.primal, n.primal)
+        slope = 2 * n.primal * jnp.cos(x.primal)
+        return [hs.Moments(y, slope * x.shift - y * x.spread, slope**2 * x.spread)]
+
+    rules = hs.RULES | {"custom_vjp_call[sine_kernel]": sine_rule}
+    assert_close(
+        hs.hesscale(kernel_loss, rules=rules)(W),
+        hs.hesscale(lambda w: ((6 * jnp.sin(X @ w)) ** 2).mean())(W),
+    )
+
+
+def test_a_label_is_not_a_primitive():
+    """A function of the user's that is called as a primitive does not take that one's rule."""
+
+    def raising(eqn, operands, recurse):
+        raise AssertionError
+
+    @jax.custom_vjp
+    def tanh(x):
+        return jnp.sin(x[::-1])
+
+    tanh.defvjp(lambda x: (jnp.sin(x[::-1]), x), lambda x, g: (jnp.cos(x) * g[::-1],))
+
+    def loss(x):
+        return (tanh(x) ** 2).sum()
+
+    rules = hs.RULES | {"tanh": raising, "custom_vjp_call[other]": raising}
+    assert_close(hs.hesscale(loss, rules=rules)(X)[1], 2 * jnp.cos(2 * X))
+
+
+def assert_close(received, expected):
+    """Up to rounding, relative to the largest entry of each array."""
+    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

@@ -1,0 +1,217 @@
+"""Numbers at the edge: no NaN or infinity where ``jax.hessian`` has none, and half precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import normal
+from jax import lax, nn
+
+import hesscale_jax as hs
+
+MASK = np.array([[True, True, False], [False, True, False]])
+SEGMENTS = np.array([0, 2, 2])  # of four: the second and the fourth are empty
+
+
+def exact(loss, x):
+    """The diagonal of the dense Hessian."""
+    return jnp.diag(jax.hessian(loss)(x).reshape(x.size, x.size)).reshape(x.shape)
+
+
+def safe_norm(x):
+    positive = jnp.sum(x * x) > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, jnp.sum(x * x), 1.0)), 0.0)
+
+
+def masked_cross_entropy(x):
+    # One class is masked with -inf, another with a large negative number.
+    logits = jnp.where(MASK, x, -jnp.inf)
+    return -jnp.sum(nn.log_softmax(logits)[:, 1])
+
+
+# Every loss is such that its Hessian is diagonal, or one block.
+FINITE = {
+    "cumprod of zeros": (lambda x: jnp.sum(jnp.cumprod(x)), jnp.array([2.0, 0.0, 3.0, 0.0, 5.0])),
+    "reduce_prod of a zero": (lambda x: jnp.sin(jnp.prod(x)), jnp.array([2.0, 0.0, 3.0])),
+    "reduce_prod of zeros": (lambda x: jnp.prod(x), jnp.array([2.0, 0.0, 0.0])),
+    "scatter-mul of zero": (
+        lambda x: jnp.sum(x.at[np.array([0, 1])].multiply(0.0, unique_indices=True) ** 2),
+        normal(3),
+    ),
+    "segment_sum, empty segments": (
+        lambda x: jnp.sum(jax.ops.segment_sum(jnp.exp(x), SEGMENTS, 4)),
+        normal(3),
+    ),
+    "segment_max, empty segments": (
+        lambda x: jnp.sum(nn.sigmoid(jax.ops.segment_max(x, SEGMENTS, 4))),
+        normal(3),
+    ),
+    "segment_max of ties": (
+        lambda x: jnp.sum(jax.ops.segment_max(x, SEGMENTS, 4)[::2] ** 2),
+        jnp.array([1.0, 2.0, 2.0]),
+    ),
+    "cummax of ties": (lambda x: jnp.sum(lax.cummax(x) ** 2), jnp.array([1.0, 2.0, 2.0])),
+    "sqrt at zero, behind two wheres": (safe_norm, jnp.zeros(3)),
+    "sqrt, behind two wheres": (safe_norm, normal(3)),
+    "log at zero, behind two wheres": (
+        lambda x: jnp.sum(jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)),
+        jnp.array([0.0, 0.3, 2.0]),
+    ),
+    "softmax, masked": (masked_cross_entropy, normal(2, 3)),
+    "softmax of large logits": (
+        lambda x: -jnp.sum(nn.log_softmax(x)[:, 1]),
+        1e4 * normal(2, 3),
+    ),
+    "logsumexp with -inf": (
+        lambda x: jnp.sum(nn.logsumexp(x, axis=1, where=jnp.asarray(MASK))),
+        normal(2, 3),
+    ),
+    "sigmoid cross-entropy of large logits": (
+        lambda x: jnp.sum(nn.softplus(x) - x * 0.3),
+        jnp.array([-800.0, -3.0, 0.0, 800.0]),
+    ),
+    "power at zero": (lambda x: jnp.sum(x**3 + x**2 + jnp.abs(x)), jnp.zeros(3)),
+    "power of a float at zero": (lambda x: jnp.sum(x**2.0 + x**3.5), jnp.zeros(3)),
+    "maximum of ties": (lambda x: jnp.sum(jnp.maximum(x, 0.0) ** 2), jnp.array([-1.0, 1.0])),
+    "gather out of bounds": (
+        lambda x: jnp.sum(x.at[np.array([1, 7])].get(mode="fill", fill_value=0.0) ** 2),
+        normal(3),
+    ),
+    "no entries": (lambda x: jnp.sum(x[:0] ** 2) + jnp.sum(x**2), normal(3)),
+}
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_finite_where_the_hessian_is(name):
+    loss, x = FINITE[name]
+    grad, diagonal = hs.hesscale(loss)(x)
+    expected = exact(loss, x)
+    assert jnp.isfinite(expected).all()
+    np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(diagonal, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_cumlogsumexp_from_minus_infinity():
+    # jax.hessian gives NaN here: the expected values are those without the entries of -inf.
+    def loss(x):
+        return jnp.sum(nn.sigmoid(lax.cumlogsumexp(jnp.where(np.arange(4) < 2, -jnp.inf, x))))
+
+    x = normal(4)
+    _, diagonal = hs.hesscale(loss)(x)
+    _, expected = hs.hesscale(lambda x: jnp.sum(nn.sigmoid(lax.cumlogsumexp(x))))(x[2:])
+    np.testing.assert_allclose(diagonal, jnp.concatenate([jnp.zeros(2), expected]), rtol=1e-9)
+
+
+# Half precision: spreads are carried in float32, or in float64 beside it
+
+HALF = (jnp.float16, jnp.bfloat16)
+FLOATS = (*HALF, jnp.float32, jnp.float64)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("weight", [300.0, 1e-5])
+def test_squares_beyond_half_precision(dtype, weight):
+    # 300 squared is more than float16 holds, and 1e-5 squared less.
+    w = jnp.full((1, 2), weight, dtype)
+
+    def loss(x, scale):
+        return jnp.sum((x @ w).astype(jnp.float32) ** 2) * scale
+
+    x = jnp.full((1, 1), 1e-3, dtype)
+    # Scaled so that the result is in range. Each part of the sum is rounded to half precision.
+    square = float(w[0, 0]) ** 2
+    diagonal = hs.hesscale(loss)(x, jnp.float32(1 / square))[1]
+    assert diagonal.dtype == dtype
+    np.testing.assert_allclose(np.float32(diagonal), 4.0, rtol=1e-2)
+
+
+SHAPE = (4, 3)
+CONV_KERNEL = normal(2, 1, 2, seed=3)
+FAMILIES = {
+    "pointwise": lambda x, w: jnp.tanh(x) * w / (1 + w * w) + jnp.log1p(x * x),
+    "block": lambda x, w: nn.softmax(x * w),
+    "reduction": lambda x, w: x.max(1) * w.sum(1),
+    "dot_general": lambda x, w: x @ w.T,
+    "conv_general_dilated": lambda x, w: lax.conv(
+        x[None], w[None, :2].swapaxes(0, 1)[:, :1].repeat(4, 1), (1,), "SAME"
+    ),
+    "selection": lambda x, w: jnp.concatenate([jnp.sort(x, 1), w[::-1]], 1)[:, 2:5],
+    "cumulative": lambda x, w: lax.cumlogsumexp(x, 1) * lax.cummax(w, 0),
+    "product": lambda x, w: jnp.cumprod(x, 1) * jnp.prod(w, 0)[None],
+    "scatter": lambda x, w: x.at[np.array([1, 1])].add(w[:2]).at[np.array([0, 2])].max(w[2:]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [*HALF, jnp.float32])
+def test_results_in_the_dtype_of_the_parameter(name, dtype):
+    def loss(x, w):
+        return jnp.sum(jnp.sin(FAMILIES[name](x, w).astype(jnp.float64)))
+
+    x, w = 1 + 0.3 * normal(*SHAPE), normal(*SHAPE, seed=1)
+    x, w = (v.astype(dtype) for v in (x, w))
+    received = hs.hesscale(loss, (0, 1))(x, w)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(received))
+    expected = hs.hesscale(loss, (0, 1))(x.astype(jnp.float64), w.astype(jnp.float64))
+    # The values are rounded to the dtype at each step.
+    tolerance = 30 * float(jnp.finfo(dtype).eps)
+    jax.tree.map(lambda a, b: close(a, b, tolerance), received, expected)
+
+
+def close(a, b, tolerance):
+    b = np.asarray(b)
+    np.testing.assert_allclose(np.float64(a), b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("of_x", FLOATS)
+@pytest.mark.parametrize("of_w", FLOATS)
+def test_mixtures_of_dtypes(of_x, of_w):
+    def loss(x, w):
+        y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        y = lax.reduce_precision(y, 8, 23) + lax.sort((x, w), num_keys=1)[1].astype(y.dtype).sum()
+        return jnp.mean(nn.softplus(y) * x.astype(y.dtype).sum(1)[:, None])
+
+    x, w = normal(*SHAPE).astype(of_x), normal(*SHAPE, seed=1).astype(of_w)
+    received = hs.hesscale(loss, (0, 1))(x, w)
+    assert [leaf.dtype for leaf in received[1]] == [of_x, of_w]
+    expected = hs.hesscale(loss, (0, 1))(x.astype(jnp.float32), w.astype(jnp.float32))
+    tolerance = 30 * max(float(jnp.finfo(dtype).eps) for dtype in (of_x, of_w, jnp.float32))
+    jax.tree.map(lambda a, b: close(a, b, tolerance), received, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("fun", "x"),
+    [
+        (jnp.log, 1e-3),
+        (jnp.log1p, 300.0),
+        (jnp.sqrt, 1e-3),
+        (lax.rsqrt, 1e-3),
+        (lambda x: 1 / x, 300.0),
+        (lambda x: 1 / x, 1e-2),
+        (lambda x: x**-1, 250.0),
+        (lambda x: jnp.power(x, -1.5), 100.0),
+    ],
+)
+def test_second_derivatives_beyond_half_precision(dtype, fun, x):
+    x = jnp.asarray(x, dtype)
+    expected = jax.hessian(fun)(x.astype(jnp.float64))
+
+    def loss(x, scale):
+        return (fun(x).astype(jnp.float32) * scale).astype(jnp.float32)
+
+    # What is passed back is in half precision: scaled so that this and the result are in range.
+    scale = jnp.clip(1 / jnp.abs(expected), 1e-3, 3e4)
+    _, diagonal = hs.hesscale(loss)(x, scale.astype(jnp.float32))
+    np.testing.assert_allclose(np.float64(diagonal), expected * scale, rtol=2e-2)
+
+
+def test_an_algorithm_for_half_precision_factors():
+    def loss(x, w):
+        precision = lax.DotAlgorithmPreset.BF16_BF16_F32
+        return jnp.sum(lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32) ** 2)
+
+    x, w = normal(2, 3).astype(jnp.bfloat16), normal(3, 2).astype(jnp.bfloat16)
+    _, diagonal = hs.hesscale(loss)(x, w)
+    expected = 2 * (w.astype(jnp.float32) ** 2).sum(1) * jnp.ones((2, 1))
+    np.testing.assert_allclose(np.float32(diagonal), expected, rtol=1e-2)
