@@ -1,4 +1,4 @@
-"""Functions with their own derivatives: the gradient is their rule's, the curvature their body's."""
+"""Functions with their own derivatives: the rule's gradient, and the curvature of the body."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_several_results_and_integer_operands(wrap):
     def loss(f):
         def of(x, w):
             a, index, b = f(x, np.array([0, 2]), w)
-            return (a**2).sum() + (b * index.sum()).sum()
+            return (a**2).sum() + b.sum() * index.sum().astype(b.dtype)
 
         return of
 

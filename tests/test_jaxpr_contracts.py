@@ -267,12 +267,8 @@ def test_labels_of_kernels():
 
 def test_shard_map_is_bound_again():
     spec = jax.sharding.PartitionSpec("d")
-    fun = jax.shard_map(
-        lambda x: x - lax.pmean(x, "d"),
-        mesh=jax.make_mesh((4,), ("d",)),
-        in_specs=spec,
-        out_specs=spec,
-    )
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    fun = jax.shard_map(lambda x: x - lax.pmean(x, "d"), mesh=mesh, in_specs=spec, out_specs=spec)
     (eqn,) = (e for e in flatten(trace(fun, normal(8))).equations if e.name == "shard_map")
     (body,) = eqn.bodies
     assert body.program.inputs[0].shape == (2,)
