@@ -50,3 +50,11 @@ def test_digits_trains_every_network_with_every_optimizer(tmp_path):
         assert float(final_loss) < 0.5 * float(first_loss), run
         assert float(accuracy.removesuffix("%")) > 70, run
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernel_raises_and_then_has_curvature():
+    printed = run_example("kernel.py")
+    assert "'custom_vjp_call[bias_gelu]': hesscale_jax.rules.defined_by(function)" in printed
+    rows = [line.split() for line in printed.splitlines()[-3:]]
+    assert [name for name, *_ in rows] == ["in", "bias", "out"]
+    assert all(float(grad) > 0 and float(curvature) > 0 for _, grad, curvature in rows)
