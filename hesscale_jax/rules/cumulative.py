@@ -11,7 +11,7 @@ from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import push, scan_squared
+from hesscale_jax.rules.selection import push, weighted_scan
 
 __all__ = ["cumlogsumexp"]
 
@@ -27,13 +27,17 @@ def cumlogsumexp(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> li
     if x.spread is None:
         return [Moments(y, shift)]
     wide = widened(x.primal)
-    spread = scan_squared(eqn, wide, x.spread, jnp.logaddexp, _weight)
+    spread = weighted_scan(eqn, wide, x.spread, jnp.logaddexp, _slope_squared)
     if recurse.curved:
-        (pushed,) = push(eqn, [wide], [x.spread])
+        pushed = weighted_scan(eqn, wide, x.spread, jnp.logaddexp, _slope)
         shift = total(shift, lax.convert_element_type(pushed - spread, y.dtype))
     return [Moments(y, shift, spread)]
 
 
-def _weight(a: Any, b: Any, y: Any) -> Any:
+def _slope(a: Any, b: Any, y: Any) -> Any:
     """``exp(a - y)``, the slope of ``logaddexp``; 0 where neither entry takes part."""
     return lax.exp(a - jnp.where(jnp.isinf(y), 0.0, y))
+
+
+def _slope_squared(a: Any, b: Any, y: Any) -> Any:
+    return _slope(a, b, y) ** 2

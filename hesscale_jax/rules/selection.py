@@ -95,7 +95,7 @@ class CumulativeExtremum(Selection):
         """``vy = (J*J) vx``."""
         largest = lax.max if eqn.name == "cummax" else lax.min
         ((x,), (v,)) = primals, spreads
-        return [None if v is None else scan_squared(eqn, x, v, largest, share)]
+        return [None if v is None else weighted_scan(eqn, x, v, largest, _share_squared)]
 
 
 class View(Selection):
@@ -149,22 +149,23 @@ def _concatenate(eqn: Equation, find: Any) -> Selection:
     return join if one_wide else selection
 
 
-def scan_squared(
+def weighted_scan(
     eqn: Equation,
     x: Any,
     v: Any,
     combine: Callable[[Any, Any], Any],
-    slope: Callable[[Any, Any, Any], Any],
+    weight: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """``(J*J) v`` of a cumulative combination ``y = f(a, b)``, with ``f_a = slope(a, b, y)``.
+    """``sum_i W_ki v_i`` beside a running combination ``y = f(a, b)`` of the entries of ``x``.
 
-    An entry reaches a result along one path, so the squares of the slopes along it multiply.
+    ``W_ki`` is the product of ``weight(a, b, y)`` along the one path from entry i to result k: the
+    Jacobian for the slope ``f_a``, its square for ``f_a^2``.
     """
 
     def combined(left: Any, right: Any) -> Any:
         (a, va), (b, vb) = left, right
         y = combine(a, b)
-        return y, slope(a, b, y) ** 2 * va + slope(b, a, y) ** 2 * vb
+        return y, weight(a, b, y) * va + weight(b, a, y) * vb
 
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
     return lax.associative_scan(combined, (x, v), reverse, axis)[1]
@@ -205,6 +206,10 @@ def push(eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]) -> list
         t if _jaxpr.is_inexact(v) else None
         for t, v in zip(_jaxpr.listed(pushed, eqn), eqn.outputs, strict=True)
     ]
+
+
+def _share_squared(a: Any, b: Any, y: Any) -> Any:
+    return share(a, b, y) ** 2
 
 
 def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
