@@ -1,12 +1,14 @@
 """Everything the library assumes about JAX's internals, in one place.
 
-A traced loss becomes a :class:`Program`: a list of equations in which nested ``jit`` calls are
-written out, a value computed twice is computed once, and what no output needs is left out. Each
-assumption made here is pinned by one test in ``tests/test_jaxpr_contracts.py``.
+A traced loss becomes a :class:`Program`: a list of equations in which nested ``jit`` and
+``checkpoint`` calls are written out, a value computed twice is computed once, and what no output
+needs is left out. What else holds a jaxpr, such as ``scan``, has a :class:`Body`. Each assumption
+made here is pinned by one test in ``tests/test_jaxpr_contracts.py``.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,10 +20,21 @@ from jax import lax
 from jax._src import source_info_util
 from jax.extend import core
 
-__all__ = ["Constant", "Equation", "Program", "Value", "bind", "flatten", "location", "trace"]
+__all__ = [
+    "Body",
+    "Constant",
+    "Equation",
+    "Program",
+    "Region",
+    "Value",
+    "bind",
+    "flatten",
+    "location",
+    "trace",
+]
 
-# A call that only groups equations: it is written out, so that a block can cross its border.
-CALLS = frozenset({"jit"})
+# Calls that only group equations: they are written out, so that a block can cross their border.
+CALLS = frozenset({"jit", "remat2", "checkpoint"})
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -51,6 +64,14 @@ class Constant:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
+class Region:
+    """A call of ``jax.checkpoint``: what is computed in it is computed again for the transpose."""
+
+    options: dict[str, Any]  # of jax.checkpoint
+    parent: "Region | None"
+
+
+@dataclasses.dataclass(eq=False)
 class Equation:
     """One application of a primitive: ``outputs = primitive(*inputs, **params)``."""
 
@@ -59,10 +80,16 @@ class Equation:
     inputs: tuple[Any, ...]  # each a Value or a Constant
     outputs: tuple[Value, ...]
     sources: tuple[core.JaxprEqn, ...]  # where it comes from, then the calls around it
+    region: Region | None = None  # the innermost around it
 
     @property
     def name(self) -> str:
         return self.primitive.name
+
+    @functools.cached_property
+    def bodies(self) -> "tuple[Body, ...]":
+        """The programs that it runs: a loop's, each branch's, a function's with its own rule."""
+        return tuple(_bodies(self))
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -72,6 +99,21 @@ class Program:
     inputs: list[Value]
     equations: list[Equation]
     outputs: list[Any]  # each a Value or a Constant
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Body:
+    """A program that an equation runs, once or in a loop.
+
+    Attributes:
+      program: The program. Its outputs are the equation's.
+      inputs: Which operand of the equation each input of the program takes.
+      carry: The outputs of a loop's step that are inputs of the next one: output -> input.
+    """
+
+    program: Program
+    inputs: Sequence[int]
+    carry: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 # Tracing and binding
@@ -145,6 +187,7 @@ class _Builder:
         closed: core.ClosedJaxpr,
         operands: Sequence[Any],
         callers: tuple[core.JaxprEqn, ...] = (),
+        region: Region | None = None,
         written: bool = True,
     ) -> list[Any]:
         """Append the equations of ``closed``, ``written`` by the user or by this library."""
@@ -159,20 +202,23 @@ class _Builder:
             inputs = tuple(map(read, eqn.invars))
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                results = self.inline(eqn.params["jaxpr"], inputs, (eqn, *callers))
+                inner = _region(eqn, region)
+                results = self.inline(_closed(eqn.params["jaxpr"]), inputs, (eqn, *callers), inner)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
-                results = self.inline(expanded, inputs, (eqn, *callers), written=False)
+                results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             else:
-                results = self._append(eqn, inputs, (eqn, *callers) if written else callers)
+                sources = (eqn, *callers) if written else callers
+                results = self._append(eqn, inputs, sources, region)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, eqn: Any, inputs: tuple[Any, ...], sources: Any) -> tuple[Value, ...]:
+    def _append(
+        self, eqn: Any, inputs: tuple[Any, ...], sources: Any, region: Region | None
+    ) -> tuple[Value, ...]:
         alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
-        new = Equation(
-            eqn.primitive, eqn.params, inputs, tuple(Value(v.aval) for v in eqn.outvars), sources
-        )
+        outputs = tuple(Value(v.aval) for v in eqn.outvars)
+        new = Equation(eqn.primitive, eqn.params, inputs, outputs, sources, region)
         if not eqn.effects:
             for old in alike:
                 if _same_parameters(old, new):
@@ -188,6 +234,17 @@ class _Builder:
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
+
+
+def _region(call: Any, parent: Region | None) -> Region | None:
+    """The region inside a call: a new one if it is of ``jax.checkpoint``."""
+    if call.primitive.name == "jit":
+        return parent
+    return Region({name: call.params[name] for name in ("policy", "prevent_cse")}, parent)
+
+
+def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
 def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
@@ -291,6 +348,60 @@ def structure(jaxpr: Any) -> tuple[Any, ...]:
             number[var] = len(number)
     avals = tuple(str(v.aval) for v in jaxpr.invars)
     return (closed_over, avals, tuple(lines), tuple(map(key, jaxpr.outvars)))
+
+
+# Programs within equations
+
+
+def body(jaxpr: Any) -> Body:
+    """A body that takes the operands of its equation in order."""
+    program = flatten(_closed(jaxpr))
+    return Body(program, range(len(program.inputs)))
+
+
+def _bodies(eqn: Equation) -> Iterator[Body]:
+    params = eqn.params
+    match eqn.name:
+        case "scan":
+            first, last = (group.start for group in scan_groups(eqn)[1:])
+            step = body(params["jaxpr"])
+            yield Body(step.program, step.inputs, {i: first + i for i in range(last - first)})
+        case "while":
+            consts = params["cond_nconsts"]
+            step = body(params["body_jaxpr"])
+            carry = {i: params["body_nconsts"] + i for i in range(len(eqn.outputs))}
+            yield Body(step.program, [consts + i for i in step.inputs], carry)
+        case "cond":
+            for branch in map(body, params["branches"]):
+                yield Body(branch.program, [1 + i for i in branch.inputs])
+        case "custom_jvp_call" | "custom_vjp_call":
+            yield body(params["call_jaxpr"])
+        case "shard_map":
+            yield body(params["jaxpr"])
+
+
+def scan_groups(eqn: Equation) -> tuple[range, range, range]:
+    """The positions of a ``scan``'s operands: constants, carry, and what is scanned over."""
+    if "ft_in" in eqn.params:
+        consts, carry, _ = (len(group) for group in eqn.params["ft_in"].unpack())
+    else:
+        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    bounds = (0, consts, consts + carry, len(eqn.inputs))
+    groups = (range(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False))
+    return next(groups), next(groups), next(groups)
+
+
+def shard_mapped(eqn: Equation, fun: Callable[..., Any]) -> Callable[..., Any]:
+    """``fun`` of as many operands and results, mapped as a ``shard_map`` equation is."""
+    params = eqn.params
+    return jax.shard_map(
+        fun,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=params["out_specs"],
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
 
 
 # A dot product row by row is a multiplication and a sum in disguise

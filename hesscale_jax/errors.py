@@ -1,6 +1,6 @@
 """The errors of this library that are not JAX's own."""
 
-__all__ = ["UnsupportedPrimitiveError"]
+__all__ = ["UnsupportedPrimitiveError", "WhileLoopError"]
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
@@ -17,3 +17,15 @@ class UnsupportedPrimitiveError(NotImplementedError):
         )
         self.primitive = primitive
         self.location = location
+
+
+class WhileLoopError(UnsupportedPrimitiveError, ValueError):
+    """A ``while_loop`` of unknown length on the path: what ``jax.grad`` raises ``ValueError`` for."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__("while", location)
+        self.args = (
+            "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
+            f"dynamic start/stop values (used at {location}), here as in jax.grad. Try using "
+            "lax.scan, or using fori_loop with static start/stop.",
+        )

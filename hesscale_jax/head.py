@@ -13,62 +13,144 @@ found equation by equation:
   parameter added there, as a penalty is, does not meet the model.
 - An equation is in the head when neither it nor anything after it is an entry, the tail left out;
   also when everything after it is tail.
+
+An equation that runs a program, as a loop does, is taken as a whole; the head continues inside of
+it if no entry comes after.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from hesscale_jax._jaxpr import Equation, Program, Value
+from hesscale_jax._jaxpr import Body, Equation, Program, Value
 
-__all__ = ["MODEL_OUTPUT", "loss_head"]
+__all__ = ["MODEL_OUTPUT", "LossHead", "names_output"]
 
 MODEL_OUTPUT = "model_output"
 
 
-def loss_head(
-    program: Program,
-    inputs: Iterable[Value],
-    path: Iterable[Equation],
-    is_affine: Callable[[Equation], bool],
-) -> frozenset[Equation]:
-    """The equations of the loss's head.
+class LossHead:
+    """The part of a program that belongs to the loss.
 
-    Args:
-      program: The program; its first output is the loss.
-      inputs: The differentiated inputs.
-      path: The equations on a differentiable path to the loss, in program order.
-      is_affine: Whether an equation's result is affine in its active operands together.
+    Attributes:
+      equations: The equations of the head.
     """
-    path = list(path)
-    inputs = frozenset(inputs)
-    named = {eqn for eqn in path if eqn.name == "name" and eqn.params["name"] == MODEL_OUTPUT}
-    entries = named or _entries(program, inputs, path)
 
-    readers = defaultdict(list)
-    for eqn in path:
-        for value in eqn.inputs:
-            readers[value].append(eqn)
+    def __init__(
+        self,
+        program: Program,
+        path: Iterable[Equation],
+        is_affine: Callable[[Equation], bool],
+        parameters: Iterable[Value],
+        *,
+        named: bool,
+        only_inputs: bool | None = None,
+        entered: frozenset[Value] = frozenset(),
+        bent: frozenset[Value] = frozenset(),
+    ) -> None:
+        """The head of a program of which the first output leads to the loss.
 
-    tail: set[Equation] = set()
-    clear: set[Equation] = set()  # no entry from here on
-    head: set[Equation] = set()
-    for eqn in reversed(path):
-        after = [reader for value in eqn.outputs for reader in readers[value]]
-        linear_after = tail.issuperset(after)
-        if linear_after and is_affine(eqn) and eqn not in named:
-            tail.add(eqn)
-        if eqn not in entries and clear.union(tail).issuperset(after):
-            clear.add(eqn)
-        if eqn in clear or (linear_after and eqn not in named):
-            head.add(eqn)
-    return frozenset(head)
+        Args:
+          program: The program.
+          path: The equations on a differentiable path to the loss, in program order.
+          is_affine: Whether an equation's result is affine in its active operands together.
+          parameters: The parameter-like inputs.
+          named: Whether the loss names its model's output.
+          only_inputs: Whether no other value counts as parameter-like; by default, if the first
+            output would.
+          entered: The outputs that an entry comes after.
+          bent: The outputs in which the loss is not affine.
+        """
+        path = list(path)
+        moving = {v for eqn in path for v in eqn.outputs}
+        self._named = named
+        self._like = _parameter_like(program, frozenset(parameters), moving)
+        self._only_inputs = (
+            program.outputs[0] in self._like if only_inputs is None else only_inputs
+        )
+        if self._only_inputs:
+            self._like = frozenset(parameters)
+        self._entered, self._bent = entered, bent
+        self._readers: dict[Value, list[Equation]] = defaultdict(list)
+        for eqn in path:
+            for value in eqn.inputs:
+                self._readers[value].append(eqn)
+
+        self._tail: set[Equation] = set()
+        self._clear: set[Equation] = set()  # no entry from here on
+        head: set[Equation] = set()
+        for eqn in reversed(path):
+            is_name = named and _names_output(eqn)
+            linear_after = all(map(self._is_affine_in, eqn.outputs)) and not is_name
+            if linear_after and is_affine(eqn):
+                self._tail.add(eqn)
+            is_entry = is_name if named else self._is_entry(eqn)
+            if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
+                self._clear.add(eqn)
+            if eqn in self._clear or linear_after:
+                head.add(eqn)
+        self.equations = frozenset(head)
+
+    def inside(
+        self,
+        eqn: Equation,
+        body: Body,
+        path: Iterable[Equation],
+        is_affine: Callable[[Equation], bool],
+    ) -> "LossHead":
+        """The head within a program that an equation runs."""
+        path = list(path)
+        inputs, outputs = body.program.inputs, body.program.outputs
+        like = {v for v, i in zip(inputs, body.inputs, strict=True) if eqn.inputs[i] in self._like}
+        entered = {
+            v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_clear_after(y)
+        }
+        bent = {v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_affine_in(y)}
+        while True:
+            head = LossHead(
+                body.program,
+                path,
+                is_affine,
+                like,
+                named=self._named,
+                only_inputs=self._only_inputs,
+                entered=frozenset(entered),
+                bent=frozenset(bent),
+            )
+            # What comes after a step of a loop is the next step.
+            before = len(entered) + len(bent) - len(like)
+            for i, j in body.carry.items():
+                if not head._is_clear_after(inputs[j]):
+                    entered.add(outputs[i])
+                if not head._is_affine_in(inputs[j]):
+                    bent.add(outputs[i])
+                if outputs[i] not in head._like:
+                    like.discard(inputs[j])
+            if len(entered) + len(bent) - len(like) == before:
+                return head
+
+    def _is_entry(self, eqn: Equation) -> bool:
+        return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
+
+    def _is_affine_in(self, value: Value) -> bool:
+        """Whether the loss is an affine function of the value."""
+        return value not in self._bent and self._tail.issuperset(self._readers[value])
+
+    def _is_clear_after(self, value: Value) -> bool:
+        """Whether no entry but those of the tail comes after the value."""
+        return value not in self._entered and all(
+            eqn in self._clear or eqn in self._tail for eqn in self._readers[value]
+        )
 
 
-def _entries(program: Program, inputs: frozenset[Value], path: list[Equation]) -> set[Equation]:
-    like = _parameter_like(program, inputs, {v for eqn in path for v in eqn.outputs})
-    if program.outputs[0] in like:
-        like = inputs
-    return {eqn for eqn in path if not like.isdisjoint(eqn.inputs) and like.isdisjoint(eqn.outputs)}
+def names_output(program: Program) -> bool:
+    """Whether a program, or one within it, names its model's output."""
+    return any(map(_names_output, program.equations))
+
+
+def _names_output(eqn: Equation) -> bool:
+    if eqn.name == "name":
+        return eqn.params["name"] == MODEL_OUTPUT
+    return any(names_output(body.program) for body in eqn.bodies)
 
 
 def _parameter_like(

@@ -27,7 +27,7 @@ reductions and results in which different roots meet are roots; only they have D
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -154,6 +154,28 @@ class BlockArithmetic:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
         return self._leave(times(times(v.slope, v.slope), self._cov(v.root, v.root)), value)
+
+    # Handing a block over from one trace to another
+
+    @property
+    def sources(self) -> frozenset[Value]:
+        """The values read so far that were made elsewhere."""
+        return frozenset(self._spreads)
+
+    def held(self, value: Value) -> Iterator[tuple[dict[Any, Any], Any]]:
+        """Where the arrays are that the value's covariances are computed from: ``holder[key]``."""
+        derived = self._derived[value]
+        for holder, key in ((vars(derived), "slope"), *_held(derived.root)):
+            if isinstance(holder[key], jax.Array):
+                yield holder, key
+            if key in self._spreads:
+                yield self._spreads, key
+
+    def forget(self, sources: Iterable[Value]) -> None:
+        """Take these sources in anew, and compute covariances anew."""
+        for source in sources:
+            del self._spreads[source], self._derived[source]
+        self._covariances.clear()
 
     # Derivatives in roots, sources and sums
 
@@ -298,6 +320,15 @@ class BlockArithmetic:
         if present:
             x = jnp.sum(x, present, keepdims=True, dtype=self._dtype)
         return times(float(absent), x) if missing else x
+
+
+def _held(root: Any) -> Iterator[tuple[dict[Any, Any], Any]]:
+    for terms in vars(root).values():
+        if isinstance(terms, dict):
+            for key in terms:
+                yield terms, key
+                if not isinstance(key, Value):
+                    yield from _held(key)
 
 
 def _as(shift: Any, value: Value) -> Any:

@@ -1,13 +1,18 @@
 """The interpreter: one walk over a program in program order, moments in, moments out."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Constant, Equation, Program, Value
-from hesscale_jax.blocks import Block, Plan, plan
+from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
+from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.errors import UnsupportedPrimitiveError
-from hesscale_jax.head import loss_head
+from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
@@ -37,74 +42,93 @@ def propagate(
     Returns:
       One per output. Of all but the first, the loss, only the primal is asked for.
     """
-    moving = [v for v, x in zip(program.inputs, operands, strict=True) if x.active]
+    moving = _moving(program, operands)
     steps = plan(program, moving, program.outputs[:1], lambda eqn: find(rules, eqn))
-    if curvature == "hessian":
-        return _Walk(program, operands, steps, rules, lambda eqn: True, spreads).run()
-    head = loss_head(program, moving, steps.rules, lambda eqn: _is_affine(eqn, steps))
-    return _Walk(program, operands, steps, rules, head.__contains__, spreads).run()
+    head = None
+    if curvature == "gauss_newton":
+        named = names_output(program)
+        head = LossHead(program, steps.rules, _affine(steps), moving, named=named)
+    return _Walk(program, operands, steps, rules, head, spreads).run()
 
 
 class _Walk:
+    """One program, in program order.
+
+    Second derivatives are kept in the ``head`` alone, everywhere if it is ``None``.
+    """
+
     def __init__(
         self,
         program: Program,
         operands: Sequence[Moments],
         steps: Plan,
         rules: Mapping[Any, Any],
-        curved: Callable[[Equation], bool],
+        head: LossHead | None,
         spreads: bool,
     ) -> None:
         self._program = program
-        self._plan = steps
-        self._rules = rules
-        self._curved = curved
+        self.plan = steps
+        self.rules = rules
+        self.head = head
         self._spreads = spreads
         self._moments = dict(zip(program.inputs, operands, strict=True))
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
 
     def run(self) -> list[Moments]:
-        for eqn in self._program.equations:
-            with _jaxpr.context(eqn):
-                results = self._step(eqn)
-            self._moments.update(zip(eqn.outputs, results, strict=True))
+        self._run(self._program.equations, None)
         read = self._collapsed if self._spreads else self._read
         return list(map(read, self._program.outputs))
 
+    def curved(self, eqn: Equation) -> bool:
+        """Whether second derivatives are kept at an equation."""
+        return self.head is None or eqn in self.head.equations
+
+    def _run(self, equations: Iterable[Equation], region: Region | None) -> None:
+        for inner, group in itertools.groupby(equations, lambda eqn: _within(eqn, region)):
+            if inner is not None:
+                self._rematerialised(inner, list(group))
+                continue
+            for eqn in group:
+                with _jaxpr.context(eqn):
+                    results = self._step(eqn)
+                self._moments.update(zip(eqn.outputs, results, strict=True))
+
     def _step(self, eqn: Equation) -> list[Moments]:
-        if eqn not in self._plan.rules:
+        if eqn not in self.plan.rules:
             results = _jaxpr.bind(eqn, *(self._read(v).primal for v in eqn.inputs))
             return list(map(Moments, _jaxpr.listed(results, eqn)))
-        rule = self._plan.rules[eqn]
-        if eqn in self._plan.blocks:
+        rule = self.plan.rules[eqn]
+        if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
         if rule is None:
             raise UnsupportedPrimitiveError(eqn.name, _jaxpr.location(eqn))
-        return rule(eqn, [self._collapsed(v) for v in eqn.inputs], self._recurse(eqn))
+        return rule(eqn, [self._collapsed(v) for v in eqn.inputs], Recursion(self, eqn))
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:
-        block = self._plan.blocks[eqn]
-        if block not in self._blocks:
-            self._blocks[block] = BlockArithmetic(block, lambda v: self._collapsed(v).spread)
-        arithmetic = self._blocks[block]
+        arithmetic = self._arithmetic(self.plan.blocks[eqn])
         operands = [self._read(v) for v in eqn.inputs]
         (value,) = eqn.outputs
         self._made_in[value] = arithmetic
         if isinstance(rule, Pointwise):
-            return arithmetic.pointwise(eqn, rule, operands, self._curved(eqn))
+            return arithmetic.pointwise(eqn, rule, operands, self.curved(eqn))
         if isinstance(rule, Join):
-            return arithmetic.pointwise(eqn, rule.inside, operands, self._curved(eqn))
+            return arithmetic.pointwise(eqn, rule.inside, operands, self.curved(eqn))
         if isinstance(rule, Reduction):
             return arithmetic.reduction(eqn, rule, operands)
         return arithmetic.view(eqn, operands)
+
+    def _arithmetic(self, block: Block) -> BlockArithmetic:
+        if block not in self._blocks:
+            self._blocks[block] = BlockArithmetic(block, lambda v: self._collapsed(v).spread)
+        return self._blocks[block]
 
     def _read(self, atom: Value | Constant) -> Moments:
         """Without the spread, if the value was made in a block."""
         if isinstance(atom, Constant):
             return Moments(atom.value)
         moments = self._moments[atom]
-        return moments if atom in self._plan.active else Moments(moments.primal)
+        return moments if atom in self.plan.active else Moments(moments.primal)
 
     def _collapsed(self, atom: Value | Constant) -> Moments:
         """With the spread with which the value leaves its block."""
@@ -113,16 +137,126 @@ class _Walk:
             self._moments[atom] = self._moments[atom]._replace(spread=spread)
         return self._read(atom)
 
-    def _recurse(self, eqn: Equation) -> Callable[[Any, Sequence[Moments]], list[Moments]]:
-        def recurse(closed: Any, operands: Sequence[Moments]) -> list[Moments]:
-            """Push moments through a jaxpr that the equation holds."""
-            program = _jaxpr.flatten(closed)
-            moving = [v for v, x in zip(program.inputs, operands, strict=True) if x.active]
-            steps = plan(program, moving, program.outputs, lambda inner: find(self._rules, inner))
-            curved = self._curved(eqn)
-            return _Walk(program, operands, steps, self._rules, lambda inner: curved, True).run()
+    def _rematerialised(self, region: Region, equations: list[Equation]) -> None:
+        """Run equations under ``jax.checkpoint``, handing out what is read after them.
 
-        return recurse
+        A block may cross the border. What its values on this side are computed from is handed out
+        then, so that nothing depends on where the border is.
+        """
+        made = dict.fromkeys(v for eqn in equations for v in eqn.outputs)
+        inside = set(equations)
+        entering = [(v, eqn) for eqn in equations for v in eqn.inputs if v not in made]
+        reading = [(v, eqn) for v in made for eqn in self._readers[v] if eqn not in inside]
+        handed = dict.fromkeys(v for v, _ in reading)
+        handed.update((v, None) for v in self._program.outputs if v in made)
+        shared = dict.fromkeys(v for v, eqn in reading if self._stays(v, eqn))
+        spread = [v for v, eqn in reading if eqn in self.plan.rules and not self._stays(v, eqn)]
+        spread += [v for v in self._program.outputs if v in made and self._spreads]
+
+        for value, eqn in entering:
+            if eqn in self.plan.rules and not self._stays(value, eqn):
+                self._collapsed(value)
+        before = [v for v, eqn in entering if self._stays(v, eqn)]
+        known = {id(holder[key]) for holder, key in self._held(before)}
+        held: list[tuple[dict[Any, Any], Any]] = []
+        blocks = {self.plan.blocks[eqn] for eqn in equations if eqn in self.plan.blocks}
+        sources = {block: self._arithmetic(block).sources for block in blocks}
+
+        def run() -> Any:
+            self._run(equations, region)
+            for value in spread:
+                self._collapsed(value)
+            held.extend((h, key) for h, key in self._held(shared) if id(h[key]) not in known)
+            return [self._moments[v] for v in handed], [h[key] for h, key in held]
+
+        moments, arrays = jax.checkpoint(run, **region.options)()
+        self._moments.update(zip(handed, moments, strict=True))
+        for (holder, key), array in zip(held, arrays, strict=True):
+            holder[key] = array
+        handed_over = {key for _, key in held}
+        for block in blocks:
+            new = self._blocks[block].sources - sources[block]
+            self._blocks[block].forget(new - handed_over)
+
+    def _stays(self, value: Any, reader: Equation) -> bool:
+        """Whether a value is read in the block that makes it."""
+        block = self.plan.blocks.get(reader)
+        return block is not None and self._home.get(value) is block
+
+    def _held(self, values: Iterable[Value]) -> list[tuple[dict[Any, Any], Any]]:
+        """The arrays that the derivatives of blocks' values consist of, by holder and key."""
+        found = {
+            (id(holder), key): (holder, key)
+            for value in values
+            for holder, key in self._blocks[self._home[value]].held(value)
+        }
+        return list(found.values())
+
+    @functools.cached_property
+    def _home(self) -> dict[Value, Block]:
+        """The block that makes a value."""
+        return {v: block for eqn, block in self.plan.blocks.items() for v in eqn.outputs}
+
+    @functools.cached_property
+    def _readers(self) -> dict[Value, list[Equation]]:
+        readers = defaultdict(list)
+        for eqn in self._program.equations:
+            for value in eqn.inputs:
+                readers[value].append(eqn)
+        return readers
+
+
+class Recursion:
+    """What a rule pushes moments through the programs of its equation with.
+
+    Attributes:
+      curved: Whether second derivatives are to be kept: always, or in the loss's head.
+      wanted: For each output, whether its shift and spread are asked for.
+    """
+
+    def __init__(self, walk: _Walk, eqn: Equation) -> None:
+        self._walk = walk
+        self._eqn = eqn
+        self.curved = walk.curved(eqn)
+        self.wanted = [v in walk.plan.active for v in eqn.outputs]
+
+    def __call__(self, within: Any, operands: Sequence[Moments]) -> list[Moments]:
+        """Push moments through a body of the equation, or a jaxpr with the same outputs."""
+        body = within if isinstance(within, Body) else _jaxpr.body(within)
+        walk, program = self._walk, body.program
+        moving = _moving(program, operands)
+        asked = self._loop(body).wanted
+        steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
+        head = walk.head and walk.head.inside(self._eqn, body, steps.rules, _affine(steps))
+        return _Walk(program, operands, steps, walk.rules, head, True).run()
+
+    def moving(self, body: Body) -> list[bool]:
+        """Which inputs of a body have a shift and a spread: in a loop, at any step."""
+        moving = self._loop(body).moving
+        return [v in moving for v in body.program.inputs]
+
+    def _loop(self, body: Body) -> Loop:
+        active = self._walk.plan.active
+        return loop(self._eqn, body, active, active, self._find)
+
+    def _find(self, eqn: Equation) -> Any:
+        return find(self._walk.rules, eqn)
+
+
+def _moving(program: Program, operands: Sequence[Moments]) -> list[Value]:
+    return [v for v, x in zip(program.inputs, operands, strict=True) if x.active]
+
+
+def _within(eqn: Equation, region: Region | None) -> Region | None:
+    """The outermost region inside ``region`` that an equation is in."""
+    inner = eqn.region
+    while inner is not None and inner.parent is not region:
+        inner = inner.parent
+    return inner
+
+
+def _affine(steps: Plan) -> Callable[[Equation], bool]:
+    return lambda eqn: _is_affine(eqn, steps)
 
 
 def _is_affine(eqn: Equation, steps: Plan) -> bool:

@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from hesscale_jax.rules import derivatives as d
-from hesscale_jax.rules.custom_derivatives import custom_jvp
+from hesscale_jax.rules import control_flow
+from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import (
@@ -92,6 +93,16 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection),
         # Multilinear
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
+        # Control flow, and functions with a derivative rule of their own
+        "cond": control_flow.cond,
+        "custom_vjp_call": custom_rule,
+        "scan": control_flow.scan,
+        "shard_map": control_flow.shard_map,
+        "while": control_flow.while_loop,
+        # Collectives
+        **dict.fromkeys(("all_gather", "all_gather_invariant", "all_to_all"), selection),
+        **dict.fromkeys(("ppermute", "psum", "psum_invariant", "pvary"), selection),
+        "reduce_scatter": selection,
         # Piecewise constant: a path ends
         **dict.fromkeys(("eq", "ge", "gt", "is_finite", "le", "lt", "ne"), constant),
         **dict.fromkeys(("ceil", "floor", "round", "sign", "stop_gradient"), constant),
