@@ -8,7 +8,9 @@ Jacobian ``J`` and second derivatives ``H``
     g_x += J^T g_y
     h_x += (J*J)^T h_y + sum_j g_j H_jii
 
-The operands of a product outside of blocks count as independent, also where one value stands twice.
+Loops and branches, and functions with a derivative rule of their own, do the same with the programs
+that they run; the entries of what a step of a loop hands to the next count as independent, as do the
+operands of one equation outside of blocks, also where a value stands twice.
 No rule of the library is used, nor its arithmetic inside blocks.
 """
 
@@ -23,7 +25,7 @@ import numpy as np
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Program, Value
-from hesscale_jax.blocks import Plan, plan
+from hesscale_jax.blocks import Loop, Plan, loop, plan
 from hesscale_jax.rules.table import find
 
 FLOOR = 1e-3  # what counts as the size of derivatives that cancel
@@ -77,7 +79,7 @@ def backward(
 ) -> list[Cotangents]:
     """The cotangents of a program's inputs from those of its outputs."""
     wanted = [v for v, x in zip(program.outputs, cotangents, strict=True) if x is not None]
-    steps = plan(program, moving, wanted, lambda eqn: find(hs.RULES, eqn))
+    steps = plan(program, moving, wanted, find_rule)
     env = evaluate(program, primals)
     came_back: dict[Value, Cotangents] = {}
 
@@ -100,12 +102,17 @@ def backward(
             (eqn,) = unit
             positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
             sources = [eqn.inputs[i] for i in positions]
-            found = back_through_equation(
-                eqn, [operand(env, v) for v in eqn.inputs], positions, map(came_back.get, made)
-            )
+            back = INSIDE.get(eqn.name, back_through_equation)
+            paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
+            at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
+            found = back(at, [came_back.get(v) for v in made])
         for value, x in zip(sources, found, strict=True):
             add(value, x)
     return [came_back.get(v, zero(v)) for v in program.inputs]
+
+
+def find_rule(eqn: Equation) -> Any:
+    return find(hs.RULES, eqn)
 
 
 def zero(value: Value) -> Cotangents:
@@ -158,20 +165,102 @@ def block_function(
     return function
 
 
-def back_through_equation(
-    eqn: Equation,
-    primals: Sequence[Any],
-    positions: Sequence[int],
-    cotangents: Iterable[Cotangents | None],
+class At(NamedTuple):
+    """An equation outside of blocks, as a function of the operands at ``positions``."""
+
+    eqn: Equation
+    primals: list[Any]
+    positions: list[int]
+    paths: list[Loop]  # through the programs that it runs
+
+    def function(self, results: Sequence[int]) -> Callable[..., list[Any]]:
+        def function(*xs: Any) -> list[Any]:
+            along = _jaxpr.along(self.eqn, self.primals, self.positions)
+            found = _jaxpr.listed(along(*xs), self.eqn)
+            return [found[i] for i in results]
+
+        return function
+
+    @property
+    def xs(self) -> list[Any]:
+        return [self.primals[i] for i in self.positions]
+
+
+def back_through_equation(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    wanted = [i for i, x in enumerate(cotangents) if x is not None]
+    return back_through(at.function(wanted), at.xs, [cotangents[i] for i in wanted])
+
+
+def back_through_scan(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """Step by step, from the last."""
+    (body,), (paths,) = at.eqn.bodies, at.paths
+    consts, carry, xs = _jaxpr.scan_groups(at.eqn)
+    times = range(at.eqn.params["length"])
+    steps, state = [], [at.primals[i] for i in carry]
+    for t in reversed(times) if at.eqn.params["reverse"] else times:
+        here = [at.primals[i][t] for i in xs]
+        read = [*(at.primals[i] for i in consts), *state, *here]
+        env = evaluate(body.program, read)
+        state = [operand(env, v) for v in body.program.outputs[: len(carry)]]
+        steps.append((t, read))
+
+    found = {i: Cotangents(*jnp.zeros((2, *jnp.shape(x)))) for i, x in enumerate(at.primals)}
+    handed_on, outputs = list(cotangents[: len(carry)]), cotangents[len(carry) :]
+    for t, read in reversed(steps):
+        here = [x and Cotangents(x.g[t], x.h[t]) for x in outputs]
+        back = back_through_body(body.program, read, paths, [*handed_on, *here])
+        handed_on = [back[i] for i in carry]
+        for i in consts:
+            found[i] = Cotangents(*map(jnp.add, found[i], back[i]))
+        for i in xs:
+            found[i] = Cotangents(*(x.at[t].set(y) for x, y in zip(found[i], back[i], strict=True)))
+    found.update(zip(carry, handed_on, strict=True))
+    return [found[i] for i in at.positions]
+
+
+def back_through_cond(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """The branch that is taken."""
+    which, *operands = at.primals
+    branches = [
+        back_through_body(body.program, operands, paths, cotangents)
+        for body, paths in zip(at.eqn.bodies, at.paths, strict=True)
+    ]
+    taken = jnp.clip(which.astype(int), 0, len(branches) - 1)
+    found = [
+        Cotangents(*(jnp.stack(x)[taken] for x in zip(*each, strict=True)))
+        for each in zip(*branches, strict=True)
+    ]
+    return [found[i - 1] for i in at.positions]
+
+
+def back_through_custom(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """The gradient by the function's own rule, the curvature by its definition."""
+    (body,), (paths,) = at.eqn.bodies, at.paths
+    wanted = [i for i, x in enumerate(cotangents) if x is not None]
+    results, transpose = jax.vjp(at.function(wanted), *at.xs)
+    grads = transpose(
+        [cotangents[i].g.astype(y.dtype) for i, y in zip(wanted, results, strict=True)]
+    )
+    back = back_through_body(body.program, at.primals, paths, cotangents)
+    return [Cotangents(g, back[i].h) for i, g in zip(at.positions, grads, strict=True)]
+
+
+def back_through_body(
+    program: Program, primals: Sequence[Any], paths: Loop, cotangents: Sequence[Cotangents | None]
 ) -> list[Cotangents]:
-    """The same for an equation on its own, as a function of the operands at ``positions``."""
-    wanted = [(i, x) for i, x in enumerate(cotangents) if x is not None]
+    wanted = [
+        (x or zero(v)) if i in paths.wanted else None
+        for i, (v, x) in enumerate(zip(program.outputs, cotangents, strict=True))
+    ]
+    return backward(program, primals, paths.moving, wanted)
 
-    def function(*xs: Any) -> list[Any]:
-        results = _jaxpr.listed(_jaxpr.along(eqn, primals, positions)(*xs), eqn)
-        return [results[i] for i, _ in wanted]
 
-    return back_through(function, [primals[i] for i in positions], [x for _, x in wanted])
+INSIDE = {
+    "scan": back_through_scan,
+    "cond": back_through_cond,
+    "custom_jvp_call": back_through_custom,
+    "custom_vjp_call": back_through_custom,
+}
 
 
 def back_through(
