@@ -8,8 +8,8 @@ Jacobian ``J`` and second derivatives ``H``
     g_x += J^T g_y
     h_x += (J*J)^T h_y + sum_j g_j H_jii
 
-Loops and branches, and functions with a derivative rule of their own, do the same with the programs
-that they run; the entries of what a step of a loop hands to the next count as independent, as do the
+Loops, branches and functions with a derivative rule of their own do the same with the programs that
+they run; the entries of what a step of a loop hands to the next count as independent, as do the
 operands of one equation outside of blocks, also where a value stands twice.
 No rule of the library is used, nor its arithmetic inside blocks.
 """
