@@ -85,7 +85,7 @@ def backward(
 
     def add(value: Any, x: Cotangents | None) -> None:
         if x is not None and value in steps.active:
-            came_back[value] = Cotangents(*map(jnp.add, came_back.get(value, zero(value)), x))
+            came_back[value] = plus(came_back.get(value, zero(value.shape)), x)
 
     for value, x in zip(program.outputs, cotangents, strict=True):
         add(value, x)
@@ -108,15 +108,19 @@ def backward(
             found = back(at, [came_back.get(v) for v in made])
         for value, x in zip(sources, found, strict=True):
             add(value, x)
-    return [came_back.get(v, zero(v)) for v in program.inputs]
+    return [came_back.get(v, zero(v.shape)) for v in program.inputs]
 
 
 def find_rule(eqn: Equation) -> Any:
     return find(hs.RULES, eqn)
 
 
-def zero(value: Value) -> Cotangents:
-    return Cotangents(*jnp.zeros((2, *value.shape)))
+def zero(shape: tuple[int, ...]) -> Cotangents:
+    return Cotangents(*jnp.zeros((2, *shape)))
+
+
+def plus(x: Cotangents, y: Cotangents) -> Cotangents:
+    return Cotangents(x.g + y.g.astype(x.g.dtype), x.h + y.h.astype(x.h.dtype))
 
 
 def evaluate(program: Program, primals: Sequence[Any]) -> dict[Value, Any]:
@@ -204,14 +208,14 @@ def back_through_scan(at: At, cotangents: Sequence[Cotangents | None]) -> list[C
         state = [operand(env, v) for v in body.program.outputs[: len(carry)]]
         steps.append((t, read))
 
-    found = {i: Cotangents(*jnp.zeros((2, *jnp.shape(x)))) for i, x in enumerate(at.primals)}
+    found = {i: zero(jnp.shape(x)) for i, x in enumerate(at.primals)}
     handed_on, outputs = list(cotangents[: len(carry)]), cotangents[len(carry) :]
     for t, read in reversed(steps):
         here = [x and Cotangents(x.g[t], x.h[t]) for x in outputs]
         back = back_through_body(body.program, read, paths, [*handed_on, *here])
         handed_on = [back[i] for i in carry]
         for i in consts:
-            found[i] = Cotangents(*map(jnp.add, found[i], back[i]))
+            found[i] = plus(found[i], back[i])
         for i in xs:
             found[i] = Cotangents(*(x.at[t].set(y) for x, y in zip(found[i], back[i], strict=True)))
     found.update(zip(carry, handed_on, strict=True))
@@ -249,7 +253,7 @@ def back_through_body(
     program: Program, primals: Sequence[Any], paths: Loop, cotangents: Sequence[Cotangents | None]
 ) -> list[Cotangents]:
     wanted = [
-        (x or zero(v)) if i in paths.wanted else None
+        (x or zero(v.shape)) if i in paths.wanted else None
         for i, (v, x) in enumerate(zip(program.outputs, cotangents, strict=True))
     ]
     return backward(program, primals, paths.moving, wanted)
@@ -276,6 +280,7 @@ def back_through(
             return jax.jvp(function, xs, tuple(direction))[1]
 
         columns, bends = jax.jvp(first, xs, tuple(direction))
+        columns, bends = ([d.astype(float) for d in ds] for ds in (columns, bends))
         terms = list(zip(cotangents, columns, bends, strict=True))
         return Cotangents(
             sum(jnp.sum(column * c.g) for c, column, _ in terms),
