@@ -20,6 +20,7 @@ import hesscale_jax as hs
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
     "anything": 12,
+    "control": 12,
     "block": 20,
     "views": 30,
     "chain": 10,
