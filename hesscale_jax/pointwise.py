@@ -100,16 +100,20 @@ class BlockArithmetic:
     # One equation
 
     def pointwise(
-        self, eqn: Equation, rule: Pointwise, operands: Sequence[Moments], curved: bool
+        self,
+        eqn: Equation,
+        rule: Pointwise,
+        operands: Sequence[Moments],
+        active: Sequence[int],
+        curved: bool,
     ) -> Moments:
         """``shift_y = sum_a phi_a shift_a + sum_ab phi_ab cov(a, b)``.
 
-        The second sum is left out unless ``curved``.
+        Over the ``active`` operands; the second sum is left out unless ``curved``.
         """
         (value,) = eqn.outputs
         primals = [x.primal for x in operands]
         y = _jaxpr.bind(eqn, *primals)
-        active = [i for i, x in enumerate(operands) if x.active]
         slopes, curvatures = rule.derivatives(eqn, y, primals, active)
         slopes = {i: _plain(slope) for i, slope in slopes.items()}
         shifts = {i: operands[i].shift for i in active}

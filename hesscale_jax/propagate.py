@@ -110,10 +110,10 @@ class _Walk:
         operands = [self._read(v) for v in eqn.inputs]
         (value,) = eqn.outputs
         self._made_in[value] = arithmetic
-        if isinstance(rule, Pointwise):
-            return arithmetic.pointwise(eqn, rule, operands, self.curved(eqn))
-        if isinstance(rule, Join):
-            return arithmetic.pointwise(eqn, rule.inside, operands, self.curved(eqn))
+        if isinstance(rule, Pointwise | Join):
+            active = [i for i, v in enumerate(eqn.inputs) if v in self.plan.active]
+            phi = rule if isinstance(rule, Pointwise) else rule.inside
+            return arithmetic.pointwise(eqn, phi, operands, active, self.curved(eqn))
         if isinstance(rule, Reduction):
             return arithmetic.reduction(eqn, rule, operands)
         return arithmetic.view(eqn, operands)
