@@ -19,16 +19,16 @@ import hesscale_jax as hs
 
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
-    "anything": 12,
-    "control": 12,
-    "block": 20,
-    "views": 30,
-    "chain": 10,
-    "last_layer": 10,
-    "plain_last_layer": 5,
-    "units": 5,
-    "penalized": 5,
-    "convex": 8,
+    "anything": 80,
+    "control": 80,
+    "block": 25,
+    "views": 50,
+    "chain": 15,
+    "last_layer": 15,
+    "plain_last_layer": 10,
+    "units": 7,
+    "penalized": 8,
+    "convex": 10,
 }
 
 
