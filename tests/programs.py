@@ -112,6 +112,7 @@ class Program:
         self.read: set[str] = set()
         self.names = itertools.count()
         self.depth = 0  # of functions within functions
+        self.closed = False  # whether it may read its own nodes alone
 
     def input(self, shape: Shape, exact: bool = False) -> Node:
         node = self._array(self.inputs, f"p{len(self.inputs)}", shape)
@@ -158,7 +159,8 @@ class Program:
     def inner(self, closed: bool = False) -> "Program":
         """The body of a function, which reads this program's nodes too unless it is ``closed``."""
         body = copy.copy(self)
-        body.lines, body.nodes, body.depth = [], [] if closed else list(self.nodes), self.depth + 1
+        body.lines, body.nodes = [], [] if closed else list(self.nodes)
+        body.depth, body.closed = self.depth + 1, closed
         return body
 
     def argument(self, operand: Node, shape: Shape) -> Node:
@@ -383,7 +385,8 @@ def convolution(program: Program) -> None:
     if x := program.pick(lambda x: len(x.shape) == 2):
         channels, width = x.shape
         kernel = program.pick(lambda y: y.shape == (2, channels, 2))
-        kernel = kernel or program.choose(program.input, program.constant)((2, channels, 2))
+        new = program.constant if program.closed else program.input
+        kernel = kernel or new((2, channels, 2))
         text = f"jax.lax.conv_general_dilated({x}[None], {kernel}, (1,), 'SAME')[0]"
         program.add(text, (2, width))
 
