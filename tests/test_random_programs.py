@@ -1,4 +1,6 @@
-"""Random programs: the gradient is always right, the diagonal wherever theory says it is exact.
+"""Random programs: the gradient is always right, the diagonal is what the method says it is.
+
+That is the dense reference of ``tests/oracle.py``, and the exact one wherever theory says so.
 
 ``HESSCALE_EXAMPLES=20`` draws twenty times as many; ``python tests/programs.py`` checks them by
 seed.
