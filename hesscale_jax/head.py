@@ -64,9 +64,7 @@ class LossHead:
         moving = {v for eqn in path for v in eqn.outputs}
         self._named = named
         self._like = _parameter_like(program, frozenset(parameters), moving)
-        self._only_inputs = (
-            program.outputs[0] in self._like if only_inputs is None else only_inputs
-        )
+        self._only_inputs = program.outputs[0] in self._like if only_inputs is None else only_inputs
         if self._only_inputs:
             self._like = frozenset(parameters)
         self._entered, self._bent = entered, bent

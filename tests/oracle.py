@@ -55,11 +55,20 @@ def check(
         return received, jax.grad(fun, everywhere)(*args), hesscale(fun, *args)
 
     (grads, diagonals), expected, (oracle_grads, oracle_diagonals) = all_three(*args)
-    if not (finite or all(np.isfinite(x).all() for x in expected)):
+    if not (finite or is_finite(expected)):
         return
     assert_close(grads, expected, rtol, "gradient")
     assert_close(oracle_grads, expected, rtol, "gradient of the oracle")
     assert_close(diagonals, oracle_diagonals, rtol, "hess_diag")
+
+
+def is_finite(grads: Sequence[Any]) -> bool:
+    """Whether there is something to compare with.
+
+    A random program may overflow. And XLA may compute a value twice and round it differently: then
+    no entry equals the maximum, and its derivative is 0 / 0.
+    """
+    return all(np.isfinite(x).all() for x in grads)
 
 
 def assert_close(received: Sequence[Any], expected: Sequence[Any], rtol: float, what: str) -> None:

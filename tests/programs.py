@@ -772,8 +772,6 @@ def convex(rng: random.Random) -> Case:
 
 def check_reference(test: Case) -> None:
     """The gradient is that of ``jax.grad``, the diagonal that of the dense reference."""
-    # A program may overflow; and XLA, which may compute a value twice and round it differently,
-    # may then find no entry equal to the maximum.
     try:
         oracle.check(test.fun, *test.args, rtol=RTOL, finite=False)
     except hs.UnsupportedPrimitiveError as error:
@@ -793,6 +791,8 @@ def check_diagonal(test: Case, curvature: str = "hessian") -> list[Any]:
         return hs.hesscale(fun, everywhere, curvature=curvature)(*args), expected
 
     (grads, diagonals), (expected, hessians) = both(*args)
+    if not oracle.is_finite(expected):
+        return []
     scale = max(FLOOR, *(np.abs(g).max() for g in expected))
     for i, (grad, want) in enumerate(zip(grads, expected, strict=True)):
         assert np.isfinite(diagonals[i]).all(), f"hess_diag {i} is not finite"
