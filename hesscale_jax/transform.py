@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax.moments import Moments, spread_dtype
@@ -125,7 +126,7 @@ def value_and_hesscale(
         traced = _jaxpr.trace(loss, *leaves)
         primals, transpose = transposed(_jaxpr.flatten(traced), leaves, rules, curvature)
         value, *aux = map(jnp.asarray, primals)
-        grads, diagonals = transpose(jnp.ones((), value.dtype))
+        grads, diagonals = transpose(lax.full_like(value, 1))
         diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
         result = tuple(
             found[0] if isinstance(argnums, int) else tuple(found)

@@ -5,7 +5,7 @@ import os
 # One thread and no accelerator for each of the parallel processes. What is set outside wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=4"
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=8"
 )
 
 import hypothesis

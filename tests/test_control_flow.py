@@ -1,0 +1,397 @@
+"""Loops, branches, rematerialisation: how a program is written does not change its derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal, normalised
+from jax import lax, nn
+from jax.ad_checkpoint import checkpoint_name
+
+import hesscale_jax as hs
+from hesscale_jax import testing
+
+DEPTH, BATCH, WIDTH, CLASSES = 3, 5, 4, 2
+LABELS = np.array([0, 1, 1, 0, 1])
+PARAMS = {
+    "layers": {"w": normal(DEPTH, WIDTH, WIDTH) / 2, "b": normal(DEPTH, WIDTH, seed=1) / 3},
+    "out": normal(WIDTH, CLASSES, seed=2),
+}
+INPUTS = normal(BATCH, WIDTH, seed=3)
+
+every_curvature = pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+
+
+def layer(h, p):
+    return h + nn.gelu(normalised(h, -1) @ p["w"] + p["b"][None])
+
+
+def head(h, out, labels=LABELS):
+    logits = normalised(h, -1) @ out
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def at(params, i):
+    return jax.tree.map(lambda p: p[i], params["layers"])
+
+
+def looped(params, x, layer=layer, head=head, labels=LABELS):
+    for i in range(DEPTH):
+        x = layer(x, at(params, i))
+    return head(x, params["out"], labels)
+
+
+def scanned(params, x, layer=layer, **options):
+    x, _ = lax.scan(lambda x, p: (layer(x, p), None), x, params["layers"], **options)
+    return head(x, params["out"])
+
+
+def by_fori_loop(params, x):
+    x = lax.fori_loop(0, DEPTH, lambda i, x: layer(x, at(params, i)), x)
+    return head(x, params["out"])
+
+
+def backwards(params, x):
+    flipped = jax.tree.map(lambda p: p[::-1], params["layers"])
+    x, _ = lax.scan(lambda x, p: (layer(x, p), None), x, flipped, reverse=True)
+    return head(x, params["out"])
+
+
+def by_cond(params, x):
+    for i in range(DEPTH):
+        x = lax.cond(x.sum() < 1e6, layer, lambda x, p: 2 * x, x, at(params, i))
+    return head(x, params["out"])
+
+
+def by_switch(params, x):
+    branches = [functools.partial(layer, p=at(params, i)) for i in range(DEPTH)]
+
+    def step(x, i):
+        return lax.switch(i, branches, x), None
+
+    return head(lax.scan(step, x, jnp.arange(DEPTH))[0], params["out"])
+
+
+def with_counter(params, x):
+    """A carry that is on no path, one that does not move, and a result of each step unused."""
+
+    def step(carry, p):
+        x, total, count = carry
+        x = layer(x, p)
+        return (x, total + x.sum(), count + 1.0), (x, count)
+
+    (x, *_), _ = lax.scan(step, (x, 0.0, 0.0), params["layers"])
+    return head(x, params["out"])
+
+
+def by_example(params, x, label):
+    return looped(params, x[None], labels=label[None])
+
+
+def in_microbatches(params, x):
+    def step(total, batch):
+        return total + by_example(params, *batch), None
+
+    return lax.scan(step, 0.0, (x, LABELS))[0] / BATCH
+
+
+def results_by_step(params, x):
+    return lax.map(lambda batch: by_example(params, *batch), (x, LABELS), batch_size=2).mean()
+
+
+def by_vmap(params, x):
+    return jax.vmap(by_example, (None, 0, 0))(params, x, LABELS).mean()
+
+
+remat = jax.checkpoint
+dots_saved = functools.partial(remat, policy=jax.checkpoint_policies.dots_saveable)
+WAYS = {
+    "scan": scanned,
+    "scan, unrolled": functools.partial(scanned, unroll=DEPTH),
+    "scan, reversed": backwards,
+    "scan with other carries": with_counter,
+    "fori_loop": by_fori_loop,
+    "cond": by_cond,
+    "switch in a scan": by_switch,
+    "microbatches": in_microbatches,
+    "map": results_by_step,
+    "vmap": by_vmap,
+    "checkpoint of everything": remat(looped),
+    "checkpoint of layers": lambda *args: looped(*args, layer=remat(layer)),
+    "checkpoint of the head": lambda *args: looped(*args, head=remat(head)),
+    "checkpoint of all three": remat(lambda *args: looped(*args, remat(layer), remat(head))),
+    "checkpoint with a policy": dots_saved(looped),
+    "checkpoint in a scan": lambda *args: scanned(*args, layer=remat(layer)),
+    "checkpoint of a scan": remat(scanned),
+    "checkpoint of a loss in a cond": lambda *args: lax.cond(
+        args[1].sum() < 1e6, remat(looped), lambda *args: 0.0 * args[0]["out"].sum(), *args
+    ),
+}
+
+
+@every_curvature
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_it_is_written_does_not_matter(way, curvature):
+    received = jax.jit(hs.hesscale(WAYS[way], curvature=curvature))(PARAMS, INPUTS)
+    expected = jax.jit(hs.hesscale(looped, curvature=curvature))(PARAMS, INPUTS)
+    assert_close(received, expected)
+    assert_close(received[0], jax.jit(jax.grad(WAYS[way]))(PARAMS, INPUTS))
+
+
+def crossing(inside):
+    """``inside`` is called in the middle of blocks: of a softmax, of a GELU, of a layer norm."""
+
+    def loss(p, q):
+        h = jnp.tanh(INPUTS @ p)
+        a, b = inside(lambda h: (h * nn.sigmoid(h), h.mean(-1, keepdims=True)))(h)
+        h = inside(lambda a, b: (a - b) / jnp.sqrt(a.var(-1, keepdims=True) + b**2 + 0.1))(a, b)
+        z = h @ q + a.sum(-1, keepdims=True)
+        top = inside(lambda z: z - z.max(-1, keepdims=True))(z)
+        rest = inside(lambda top: jnp.log(inside(jnp.exp)(top).sum(-1)))(top)
+        return (rest - top[:, 0]).mean() + 0.1 * inside(lambda p: (p * p).sum())(p)
+
+    return loss
+
+
+@every_curvature
+def test_a_block_crosses_the_border_of_a_checkpoint(curvature):
+    args = normal(WIDTH, WIDTH, seed=4), normal(WIDTH, CLASSES, seed=5)
+    for wrap in (remat, lambda fun: jax.jit(remat(fun))):
+        received = hs.hesscale(crossing(wrap), (0, 1), curvature=curvature)(*args)
+        assert_close(
+            received, hs.hesscale(crossing(lambda f: f), (0, 1), curvature=curvature)(*args)
+        )
+        assert_close(received[0], jax.grad(crossing(wrap), (0, 1))(*args))
+
+
+def test_a_checkpoint_saves_nothing_inside():
+    def residuals(wrap):
+        fun = jax.jit(hs.hesscale(lambda *args: scanned(*args, layer=wrap(wide))))
+        return fun.lower(PARAMS, INPUTS).as_text().count(f"tensor<{DEPTH}x{BATCH}x8xf64>")
+
+    def wide(h, p):
+        return h + jnp.tanh(jnp.tile(h @ p["w"], 2)).sum(-1, keepdims=True)
+
+    assert residuals(lambda fun: fun) > 0
+    assert residuals(remat) == 0
+
+
+def test_policy_is_kept():
+    """What the policy saves is handed from the forward to the backward pass."""
+
+    def residuals(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+        def named(h, p):
+            wide = checkpoint_name(jnp.tanh(jnp.tile(h @ p["w"], 2)), "wide")
+            return h + jnp.sin(wide).sum(-1, keepdims=True)
+
+        fun = hs.hesscale(lambda *args: scanned(*args, layer=remat(named, policy=policy)))
+        return jax.jit(fun).lower(PARAMS, INPUTS).as_text().count(f"{DEPTH}x{BATCH}x8xf64")
+
+    assert residuals("wide") > 0
+    assert residuals("other") == 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_recurrent_network(reverse):
+    """Parameters as constants, inputs as xs, carries that move only inside of the loop."""
+    xs = normal(4, BATCH, 3, seed=6)
+    params = (
+        normal(3, WIDTH) / 2,
+        normal(WIDTH, WIDTH, seed=1) / 2,
+        normal(WIDTH, seed=2),
+        normal(WIDTH, CLASSES, seed=3),
+    )
+
+    def cell(carry, x, params):
+        h, c = carry
+        inputs, recurrent, bias, _ = params
+        a = x @ inputs + h @ recurrent + bias[None]
+        c = nn.sigmoid(a + 1) * c + nn.sigmoid(a) * jnp.tanh(a)
+        h = nn.sigmoid(2 * a) * jnp.tanh(c)
+        return (h, c), h
+
+    start = (jnp.zeros((BATCH, WIDTH)), jnp.zeros((BATCH, WIDTH)))
+
+    def by_scan(params):
+        (h, _), hs = lax.scan(lambda c, x: cell(c, x, params), start, xs, reverse=reverse)
+        return ((hs @ params[-1]) ** 2).mean() + (h @ params[-1]).sum()
+
+    def unrolled(params):
+        carry, hs = start, []
+        for x in xs[::-1] if reverse else xs:
+            carry, h = cell(carry, x, params)
+            hs.append(h)
+        return ((jnp.stack(hs) @ params[-1]) ** 2).mean() + (carry[0] @ params[-1]).sum()
+
+    for curvature in ("hessian", "gauss_newton"):
+        received, expected = (
+            jax.jit(hs.hesscale(fun, curvature=curvature))(params) for fun in (by_scan, unrolled)
+        )
+        assert_close(received, expected)
+
+
+def test_a_carry_that_becomes_active_inside():
+    def by_scan(p):
+        def step(carry, _):
+            a, b, c = carry
+            return (p * 2.0, jnp.sin(a), b * b), c
+
+        (_, b, c), cs = lax.scan(step, (jnp.ones(3), jnp.ones(3), jnp.ones(3)), length=4)
+        return (b * c).sum() + cs.sum()
+
+    def unrolled(p):
+        a, b, c, total = jnp.ones(3), jnp.ones(3), jnp.ones(3), 0.0
+        for _ in range(4):
+            total += c.sum()
+            a, b, c = p * 2.0, jnp.sin(a), b * b
+        return (b * c).sum() + total
+
+    p = normal(3)
+    grad, hess_diag = hs.hesscale(by_scan)(p)
+    assert_close(grad, jax.grad(by_scan)(p))
+    # Each entry of p is on its own, but it reaches the loss by several steps, taken as independent:
+    # all that can be said of the diagonal is what each step has by itself.
+    assert np.isfinite(hess_diag).all()
+    assert_close(jax.grad(by_scan)(p), jax.grad(unrolled)(p))
+
+
+def test_results_of_branches_move_where_those_of_others_do_not():
+    def fun(x, which):
+        branches = [lambda x: (x * x, jnp.ones(3)), lambda x: (jnp.ones(3), jnp.sin(x))]
+        a, b = lax.switch(which, branches, x)
+        return a * b
+
+    for which in (0, 1):
+        testing.check_rule(lambda x, which=which: fun(x, which), normal(3), key=jax.random.key(1))
+
+
+def test_loops_of_unknown_length_say_what_jax_says():
+    def loss(p):
+        return lax.while_loop(lambda x: x.sum() < 5, lambda x: x * 1.5, p * p).sum()
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work") as theirs:
+        jax.grad(loss)(normal(3))
+    with pytest.raises(hs.UnsupportedPrimitiveError, match="Reverse-mode differentiation") as ours:
+        hs.hesscale(loss)(normal(3))
+    assert isinstance(ours.value, ValueError)
+    assert str(theirs.value)[:90] == str(ours.value)[:90]
+    assert "test_control_flow.py" in str(ours.value)
+
+
+def test_loops_of_unknown_length_off_the_path():
+    def loss(p):
+        count, _ = lax.while_loop(
+            lambda c: c[1] < 5, lambda c: (c[0] + 1, c[1] * 2), (0, p.sum() ** 2)
+        )
+        frozen = lax.while_loop(lambda x: x < 5, lambda x: x * 1.5, lax.stop_gradient(p.sum() ** 2))
+        beside = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1.0, c[1]), (0.0, p))
+        return count * frozen * beside[0] * (p**3).sum()
+
+    p = normal(3)
+    grad, hess_diag = hs.hesscale(loss)(p)
+    assert_close(grad, jax.grad(loss)(p))
+    assert_close(hess_diag, jnp.diag(jax.hessian(loss)(p)))
+
+
+def test_nested_to_any_depth():
+    def deep(p, x, wrap=lambda fun: fun):
+        def inner(x, w):
+            return lax.cond(w.sum() < 1e6, wrap(lambda x: jnp.tanh(x @ w)), lambda x: x, x), None
+
+        def outer(x, w):
+            x, _ = lax.scan(wrap(inner), x, jnp.stack([w, 2 * w]))
+            return lax.fori_loop(0, 2, lambda i, x: x + wrap(lambda x: inner(x, w)[0])(x), x), None
+
+        x, _ = lax.scan(wrap(outer), x, p)
+        return ((x @ p[0]) ** 2).sum()
+
+    def flat(p, x):
+        for w in p:
+            x = jnp.tanh(jnp.tanh(x @ w) @ (2 * w))
+            for _ in range(2):
+                x = x + jnp.tanh(x @ w)
+        return ((x @ p[0]) ** 2).sum()
+
+    args = PARAMS["layers"]["w"], INPUTS
+    for curvature in ("hessian", "gauss_newton"):
+        expected = jax.jit(hs.hesscale(flat, curvature=curvature))(*args)
+        assert_close(jax.jit(hs.hesscale(deep, curvature=curvature))(*args), expected)
+        remated = hs.hesscale(functools.partial(deep, wrap=remat), curvature=curvature)
+        assert_close(jax.jit(remated)(*args), expected)
+
+
+@every_curvature
+def test_the_models_output_is_named_inside(curvature):
+    """The head begins where the name is, wherever that is."""
+
+    def named(h, p):
+        return checkpoint_name(layer(h, p), "model_output")
+
+    def plain(params, x):
+        return (jnp.tanh(looped_layers(params, x)) ** 2).mean()
+
+    def wrapped(params, x):
+        def step(total, x):
+            return total + lax.cond(x.sum() < 1e6, plain, plain, params, x[None]), None
+
+        return lax.scan(step, 0.0, x)[0] / BATCH
+
+    def looped_layers(params, x):
+        for i in range(DEPTH):
+            x = (named if i == 1 else layer)(x, at(params, i))
+        return x
+
+    received, expected = (
+        jax.jit(hs.hesscale(fun, curvature=curvature))(PARAMS, INPUTS) for fun in (wrapped, plain)
+    )
+    assert_close(received, expected)
+
+
+def test_a_penalty_in_a_loop_keeps_its_curvature():
+    def loss(params, x):
+        def step(total, p):
+            return total + 0.3 * sum((leaf**2).sum() for leaf in jax.tree.leaves(p)), None
+
+        penalty, _ = lax.scan(step, 0.0, params["layers"])
+        return looped(params, x) + penalty
+
+    def plain(params, x):
+        return looped(params, x) + 0.3 * sum(
+            (leaf**2).sum() for leaf in jax.tree.leaves(params["layers"])
+        )
+
+    for curvature in ("hessian", "gauss_newton"):
+        received, expected = (
+            jax.jit(hs.hesscale(fun, curvature=curvature))(PARAMS, INPUTS) for fun in (loss, plain)
+        )
+        assert_close(received, expected)
+
+
+def test_composes_with_transformations():
+    transformed = hs.hesscale(lambda *args: scanned(*args, layer=remat(layer)))
+    expected = jax.jit(transformed)(PARAMS, INPUTS)
+    batch = jax.vmap(transformed, (None, 0))(PARAMS, jnp.stack([INPUTS, 2 * INPUTS]))
+    assert_close(jax.tree.map(lambda x: x[0], batch), expected)
+    _, steps = lax.scan(lambda _, x: (None, transformed(PARAMS, x)), None, INPUTS[None])
+    assert_close(jax.tree.map(lambda x: x[0], steps), expected)
+    assert_close(lax.cond(True, transformed, transformed, PARAMS, INPUTS), expected)
+    assert_close(remat(transformed)(PARAMS, INPUTS), expected)
+
+    def trace(fun):
+        return jax.jit(
+            jax.grad(lambda *args: sum(map(jnp.sum, jax.tree.leaves(hs.hesscale(fun)(*args)[1]))))
+        )
+
+    assert_close(trace(scanned)(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
+    assert_close(trace(remat(scanned))(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
+
+
+def assert_close(received, expected):
+    """Up to rounding, relative to the largest entry of each array."""
+    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

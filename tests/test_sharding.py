@@ -1,0 +1,243 @@
+"""Eight devices give what one does, and the program of data parallelism gathers no more."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal, normalised
+from jax import lax, nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hesscale_jax as hs
+
+DEVICES, BATCH, WIDTH, HIDDEN = 8, 16, 8, 16
+LABELS = np.arange(BATCH) % WIDTH
+INPUTS = normal(BATCH, WIDTH, seed=3)
+PARAMS = {
+    "scale": 1 + 0.1 * normal(WIDTH),
+    "into": normal(WIDTH, HIDDEN) / 2,
+    "bias": normal(HIDDEN, seed=1) / 3,
+    "back": normal(HIDDEN, WIDTH, seed=1) / 3,
+    "out": normal(WIDTH, WIDTH, seed=2),
+}
+
+every_curvature = pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+
+
+def loss(params, x, labels, hidden=lambda x, params: mlp(x, params)):
+    x = x + hidden(normalised(x, -1) * params["scale"][None], params)
+    logits = normalised(x, -1) @ params["out"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def mlp(x, params):
+    return nn.gelu(x @ params["into"] + params["bias"][None]) @ params["back"]
+
+
+def mesh_of(kind, shape=(DEVICES,), names=("devices",)):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+REPLICATED = dict.fromkeys(PARAMS, P())
+BY_ROW = dict.fromkeys(PARAMS, P("devices"))
+BY_TENSOR = REPLICATED | {
+    "into": P(None, "devices"),
+    "bias": P("devices"),
+    "back": P("devices", None),
+}
+LAYOUTS = {  # of the parameters, and of the batch
+    "data parallel": (REPLICATED, P("devices")),
+    "fully sharded": (BY_ROW, P("devices")),
+    "tensor parallel": (BY_TENSOR, P()),
+}
+
+
+def placed(mesh, layout):
+    params, data = LAYOUTS[layout]
+    put = {name: jax.device_put(p, NamedSharding(mesh, params[name])) for name, p in PARAMS.items()}
+    return put, *(jax.device_put(x, NamedSharding(mesh, data)) for x in (INPUTS, LABELS))
+
+
+@every_curvature
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_arrays(layout, curvature):
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto)):
+        args = placed(mesh, layout)
+        received = jax.jit(hs.value_and_hesscale(loss, curvature=curvature))(*args)
+    assert_close(received, on_one_device(curvature))
+
+
+@every_curvature
+def test_explicit_sharding(curvature):
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = placed(mesh, "data parallel")
+        received = jax.jit(hs.value_and_hesscale(loss, curvature=curvature))(*args)
+    assert_close(received, on_one_device(curvature))
+
+
+@every_curvature
+def test_explicit_tensor_parallelism(curvature):
+    def hidden(x, params):
+        h = nn.gelu(x @ params["into"] + jnp.broadcast_to(params["bias"], (BATCH, HIDDEN)))
+        return jnp.einsum("bh,hw->bw", h, params["back"], out_sharding=P())
+
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = placed(mesh, "tensor parallel")
+        transformed = hs.value_and_hesscale(lambda *a: loss(*a, hidden), curvature=curvature)
+        received = jax.jit(transformed)(*args)
+    assert_close(received, on_one_device(curvature))
+
+
+def test_data_parallelism_needs_no_more_collectives():
+    def collectives(fun, args):
+        text = jax.jit(fun).lower(*args).compile().as_text()
+        return {
+            kind: len(re.findall(rf"\s{kind}(?:-start)?\(", text))
+            for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+        }
+
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto)):
+        args = placed(mesh, "data parallel")
+        ours = collectives(hs.value_and_hesscale(loss), args)
+        theirs = collectives(jax.value_and_grad(loss), args)
+    assert theirs["all-reduce"] >= 1
+    assert ours == theirs
+
+
+# Collectives by hand
+
+
+def data_parallel(params, x, labels):
+    return lax.pmean(loss(params, x, labels), "devices")
+
+
+def fully_sharded(params, x, labels):
+    gathered = {name: lax.all_gather(p, "devices", tiled=True) for name, p in params.items()}
+    return lax.pmean(loss(gathered, x, labels), "devices")
+
+
+def by_tensor(params, x, labels):
+    return loss(params, x, labels, lambda *args: lax.psum(mlp(*args), "devices"))
+
+
+def by_scattered_tensor(params, x, labels):
+    def hidden(x, params):
+        shares = lax.psum_scatter(mlp(x, params), "devices", scatter_dimension=0, tiled=True)
+        return lax.all_gather(shares, "devices", axis=0, tiled=True)
+
+    return loss(params, x, labels, hidden)
+
+
+def around_a_ring(params, x, labels):
+    """Each device sees every part of the batch once."""
+    ring = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]
+    total = jnp.zeros(())
+    for _ in range(DEVICES):
+        x, labels = (lax.ppermute(a, "devices", ring) for a in (x, labels))
+        total += loss(params, x, labels) / DEVICES
+    return lax.pmean(total, "devices")
+
+
+BY_HAND = {
+    "pmean": (data_parallel, *LAYOUTS["data parallel"], True),
+    "pmean, unchecked": (data_parallel, *LAYOUTS["data parallel"], False),
+    "all_gather": (fully_sharded, *LAYOUTS["fully sharded"], True),
+    "psum": (by_tensor, *LAYOUTS["tensor parallel"], True),
+    "psum_scatter": (by_scattered_tensor, *LAYOUTS["tensor parallel"], False),
+    "ppermute": (around_a_ring, *LAYOUTS["data parallel"], True),
+}
+
+
+@every_curvature
+@pytest.mark.parametrize("name", BY_HAND)
+def test_shard_map_in_the_loss(name, curvature):
+    fun, params, data, checked = BY_HAND[name]
+    mapped = jax.shard_map(
+        fun,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(params, data, data),
+        out_specs=P(),
+        check_vma=checked,
+    )
+    received = jax.jit(hs.value_and_hesscale(mapped, curvature=curvature))(PARAMS, INPUTS, LABELS)
+    theirs = jax.jit(jax.value_and_grad(mapped))(PARAMS, INPUTS, LABELS)
+    assert_close((received[0], received[1][0]), theirs)
+    assert_close(received, on_one_device(curvature))
+
+
+def test_shard_map_around():
+    """The usual step of data parallelism: derivatives of the local loss, averaged."""
+
+    def step(params, x, labels):
+        # Marked as differing by device, or the transpose would already sum over devices.
+        params = jax.tree.map(lambda p: lax.pcast(p, "devices", to="varying"), params)
+        value, (grad, hess_diag) = hs.value_and_hesscale(loss)(params, x, labels)
+        grad = lax.pmean(grad, "devices")
+        return lax.pmean(value, "devices"), (grad, lax.pmean(hess_diag, "devices"))
+
+    data = P("devices")
+    mapped = jax.shard_map(
+        step, mesh=mesh_of(AxisType.Auto), in_specs=(P(), data, data), out_specs=P()
+    )
+    received = jax.jit(mapped)(PARAMS, INPUTS, LABELS)
+    assert_close(received, on_one_device("hessian"))
+
+
+def test_shard_map_over_one_of_two_axes():
+    mesh = mesh_of(AxisType.Auto, (4, 2), ("data", "model"))
+    mapped = jax.shard_map(
+        lambda *args: lax.pmean(loss(*args), "data"),
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with jax.set_mesh(mesh):
+        received = jax.jit(hs.value_and_hesscale(mapped))(PARAMS, INPUTS, LABELS)
+    assert_close(received, on_one_device("hessian"))
+
+
+def test_vmap_inside_and_outside_with_spmd_axis_name():
+    mesh = mesh_of(AxisType.Auto)
+
+    def constrained(params, x, label):
+        x = lax.with_sharding_constraint(x[None], NamedSharding(mesh, P(None, None)))
+        return loss(params, x, label[None])
+
+    def by_example(params, x, labels):
+        each = jax.vmap(constrained, (None, 0, 0), spmd_axis_name="devices")
+        return each(params, x, labels).mean()
+
+    with jax.set_mesh(mesh):
+        args = placed(mesh, "data parallel")
+        received = jax.jit(hs.value_and_hesscale(by_example))(*args)
+        assert_close(received, on_one_device("hessian"))
+        each = jax.vmap(hs.value_and_hesscale(constrained), (None, 0, 0), spmd_axis_name="devices")
+        mean = jax.tree.map(lambda x: x.mean(0), jax.jit(each)(*args))
+    assert_close(mean, on_one_device("hessian"))
+
+
+def test_collectives_over_a_mapped_axis():
+    def by_name(params, x, labels):
+        each = jax.vmap(
+            lambda x, label: lax.pmean(loss(params, x[None], label[None]), "batch"),
+            axis_name="batch",
+        )
+        return each(x, labels)[0]
+
+    received = jax.jit(hs.value_and_hesscale(by_name))(PARAMS, INPUTS, LABELS)
+    assert_close(received, on_one_device("hessian"))
+
+
+def on_one_device(curvature):
+    return jax.jit(hs.value_and_hesscale(loss, curvature=curvature))(PARAMS, INPUTS, LABELS)
+
+
+def assert_close(received, expected):
+    """Up to rounding, relative to the largest entry of each array."""
+    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))
