@@ -29,12 +29,17 @@ __all__ = [
     "Value",
     "bind",
     "flatten",
+    "label",
     "location",
     "trace",
 ]
 
-# Calls that only group equations: they are written out, so that a block can cross their border.
-CALLS = frozenset({"jit", "remat2", "checkpoint"})
+# Calls that only group equations, and the parameter that holds these: they are written out, so that
+# a block can cross their border.
+CALLS = {
+    **dict.fromkeys(("jit", "remat2", "checkpoint"), "jaxpr"),
+    **dict.fromkeys(("call", "closed_call", "core_call", "eval_jaxpr"), "call_jaxpr"),
+}
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -158,6 +163,20 @@ def location(eqn: Equation) -> str:
     return "an unknown line"
 
 
+def label(eqn: Equation) -> str:
+    """The primitive, with the name of the function that it runs: ``custom_vjp_call[f]``."""
+    match eqn.name:
+        case "custom_jvp_call" | "custom_vjp_call":
+            name = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
+        case "pallas_call":
+            name = eqn.params["name"]
+        case "ffi_call":
+            name = eqn.params["target_name"]
+        case _:
+            name = None
+    return f"{eqn.name}[{name}]" if name else eqn.name
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
@@ -202,8 +221,8 @@ class _Builder:
             inputs = tuple(map(read, eqn.invars))
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                inner = _region(eqn, region)
-                results = self.inline(_closed(eqn.params["jaxpr"]), inputs, (eqn, *callers), inner)
+                called = _closed(eqn.params[CALLS[eqn.primitive.name]])
+                results = self.inline(called, inputs, (eqn, *callers), _region(eqn, region))
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
@@ -238,7 +257,7 @@ class _Builder:
 
 def _region(call: Any, parent: Region | None) -> Region | None:
     """The region inside a call: a new one if it is of ``jax.checkpoint``."""
-    if call.primitive.name == "jit":
+    if "policy" not in call.params:
         return parent
     return Region({name: call.params[name] for name in ("policy", "prevent_cse")}, parent)
 

@@ -4,23 +4,54 @@ __all__ = ["UnsupportedPrimitiveError", "WhileLoopError"]
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
-    """A primitive between the differentiated arguments and the loss has no rule."""
+    """A primitive between the differentiated arguments and the loss has no rule.
 
-    def __init__(self, primitive: str, location: str) -> None:
-        super().__init__(
-            f"no rule for {primitive!r} (used at {location}), so hesscale cannot carry curvature "
-            "through it. Options: (1) if no curvature should flow there, wrap its result in "
-            "jax.lax.stop_gradient; (2) write the computation with supported primitives "
-            "(`hesscale_jax.RULES` lists them); (3) pass a rule of your own: "
+    Attributes:
+      primitive: Its name.
+      location: The line of the loss that uses it.
+      reason: Why it has no rule; empty if the library does not know the primitive.
+    """
+
+    def __init__(
+        self, primitive: str, location: str, reason: str = "", curable: bool = True
+    ) -> None:
+        """``curable`` says whether a rule passed to ``hesscale`` would help."""
+        options = [
+            "if no curvature should flow there, wrap its result in jax.lax.stop_gradient",
+            "write the computation with supported primitives (`hesscale_jax.RULES` lists them)",
+            "pass a rule of your own: "
             f"hesscale(fun, rules=hesscale_jax.RULES | {{{primitive!r}: rule}}), where "
-            "rule(eqn, operands, recurse) returns one Moments per output."
+            "rule(eqn, operands, recurse) returns one Moments per output",
+            "if its operands are small, pass hesscale_jax.rules.dense as that rule: it is exact, "
+            "by the dense Jacobian",
+        ][: 4 if curable else 2]
+        listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))
+        super().__init__(
+            f"no rule for {primitive!r} (used at {location})"
+            f"{': ' + reason if reason else ''}. HesScale cannot carry curvature through it. "
+            f"Options: {listed}."
         )
         self.primitive = primitive
         self.location = location
+        self.reason = reason
+
+    def within(self, function: str) -> "UnsupportedPrimitiveError":
+        """The same for a function with a derivative rule of its own, in the body of which it is."""
+        error = UnsupportedPrimitiveError(self.primitive, self.location)
+        error.args = (
+            f"no rule for {self.primitive!r} (used at {self.location}), which stands in the body "
+            f"of {function!r}. Its gradient is that of its own rule, but its curvature is taken "
+            "from that body. Options: (1) pass the same function written in JAX: hesscale(fun, "
+            f"rules=hesscale_jax.RULES | {{{function!r}: hesscale_jax.rules.defined_by(function)}})"
+            "; (2) pass a rule of your own instead, where rule(eqn, operands, recurse) returns one "
+            "Moments per output; (3) if no curvature should flow there, wrap the result in "
+            "jax.lax.stop_gradient.",
+        )
+        return error
 
 
 class WhileLoopError(UnsupportedPrimitiveError, ValueError):
-    """A ``while_loop`` of unknown length on the path: what ``jax.grad`` raises ``ValueError`` for."""
+    """A ``while_loop`` of unknown length on the path: ``jax.grad`` raises ``ValueError`` for it."""
 
     def __init__(self, location: str) -> None:
         super().__init__("while", location)

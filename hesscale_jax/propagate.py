@@ -11,7 +11,6 @@ import jax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
-from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
@@ -101,8 +100,6 @@ class _Walk:
         rule = self.plan.rules[eqn]
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
-        if rule is None:
-            raise UnsupportedPrimitiveError(eqn.name, _jaxpr.location(eqn))
         return rule(eqn, [self._collapsed(v) for v in eqn.inputs], Recursion(self, eqn))
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:

@@ -5,8 +5,10 @@ A rule is a member of a family, or any function
     rule(eqn, operands, recurse) -> [Moments, ...]
 
 that takes one :class:`~hesscale_jax.Moments` per operand and returns one per output; ``recurse``
-pushes moments through a jaxpr that the equation holds. A table of your own is
-``hesscale_jax.RULES | {"my_primitive": my_rule}``, by the primitive or its name.
+pushes moments through a jaxpr that the equation holds, and ``recurse.curved`` says whether second
+derivatives are kept. A table of your own is ``hesscale_jax.RULES | {"my_primitive": my_rule}``, by
+the primitive, its name, or with the name of a function, as ``"custom_vjp_call[my_kernel]"``.
+``defined_by`` and ``dense`` make such rules.
 """
 
 from collections.abc import Mapping
@@ -14,31 +16,43 @@ from types import MappingProxyType
 from typing import Any
 
 from hesscale_jax.rules import derivatives as d
-from hesscale_jax.rules import control_flow
-from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule
+from hesscale_jax.rules.calls import call, linear_call
+from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
+from hesscale_jax.rules.cumulative import cumlogsumexp
+from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
+from hesscale_jax.rules.dense_jacobian import dense
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
-from hesscale_jax.rules.multilinear import multilinear
+from hesscale_jax.rules.multilinear import multilinear, product
 from hesscale_jax.rules.selection import (
     Reduction,
     concatenate,
     constant,
+    cumulative_extremum,
     extremum,
     gather,
     join,
+    scatter_extremum,
+    scatter_sub,
     selection,
     summation,
     view,
 )
+from hesscale_jax.rules.unsupported import UNSUPPORTED
 
 __all__ = [
     "RULES",
+    "UNSUPPORTED",
     "Pointwise",
     "Reduction",
     "binary",
+    "call",
     "constant",
+    "defined_by",
+    "dense",
     "linear",
     "multilinear",
     "nested",
+    "product",
     "selection",
     "unary",
     "view",
@@ -53,6 +67,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("convert_element_type", "copy", "name"), linear(1.0)),
         **dict.fromkeys(("reduce_precision", "sharding_constraint"), linear(1.0)),
         "select_n": d.select,
+        "clamp": d.clamp,
         "mul": d.mul,
         "div": d.div,
         # Pointwise, in closed form
@@ -74,9 +89,10 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(
             ("abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh"), nested
         ),
-        **dict.fromkeys(("bessel_i0e", "bessel_i1e", "cbrt", "clamp", "cosh", "digamma"), nested),
+        **dict.fromkeys(("bessel_i0e", "bessel_i1e", "cbrt", "cosh", "digamma"), nested),
         **dict.fromkeys(("erf_inv", "erfc", "exp2", "lgamma", "log2", "one_minus_square"), nested),
-        **dict.fromkeys(("polygamma", "pow", "rem", "sinh", "tan"), nested),
+        **dict.fromkeys(("igamma", "igammac", "polygamma", "polynomial", "pow", "rem"), nested),
+        **dict.fromkeys(("random_gamma", "regularized_incomplete_beta", "sinh", "tan"), nested),
         "custom_jvp_call": custom_jvp,
         # Selections: views and reductions may stand in a block
         **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze"), view),
@@ -88,25 +104,45 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("dynamic_slice", "dynamic_update_slice", "slice"), selection),
         "gather": gather,
         **dict.fromkeys(("scatter", "scatter-add"), selection),
+        "scatter-sub": scatter_sub,
+        **dict.fromkeys(("scatter-max", "scatter-min"), scatter_extremum),
         **dict.fromkeys(("rev", "transpose", "cumsum", "optimization_barrier"), selection),
-        **dict.fromkeys(("cummax", "cummin", "sort", "top_k"), selection),
+        **dict.fromkeys(("cummax", "cummin"), cumulative_extremum),
+        **dict.fromkeys(("approx_top_k", "sort", "top_k"), selection),
         **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection),
-        # Multilinear
+        **dict.fromkeys(("select_and_gather_add", "select_and_scatter_add"), selection),
+        **dict.fromkeys(("device_put", "layout_constraint", "reshard"), selection),
+        "xla_metadata_value": selection,
+        # Products
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
-        # Control flow, and functions with a derivative rule of their own
-        "cond": control_flow.cond,
-        "custom_vjp_call": custom_rule,
-        "scan": control_flow.scan,
-        "shard_map": control_flow.shard_map,
-        "while": control_flow.while_loop,
-        # Collectives
+        "ragged_dot_general": multilinear,
+        **dict.fromkeys(("cumprod", "reduce_prod", "scatter-mul"), product),
+        # Sums on a log scale
+        "cumlogsumexp": cumlogsumexp,
+        # Control flow
+        "cond": cond,
+        "scan": scan,
+        "while": while_loop,
+        # Devices
+        "shard_map": shard_map,
         **dict.fromkeys(("all_gather", "all_gather_invariant", "all_to_all"), selection),
-        **dict.fromkeys(("ppermute", "psum", "psum_invariant", "pvary"), selection),
+        **dict.fromkeys(("pbroadcast", "ppermute", "psum", "psum_invariant", "pvary"), selection),
         "reduce_scatter": selection,
+        # Calls, and functions with a derivative rule of their own
+        **dict.fromkeys(("custom_vmap_call", "xla_metadata_call"), call),
+        "custom_vjp_call": custom_rule,
+        "linear_call": linear_call,
         # Piecewise constant: a path ends
         **dict.fromkeys(("eq", "ge", "gt", "is_finite", "le", "lt", "ne"), constant),
         **dict.fromkeys(("ceil", "floor", "round", "sign", "stop_gradient"), constant),
         **dict.fromkeys(("argmax", "argmin", "eq_to", "le_to", "lt_to"), constant),
         **dict.fromkeys(("nextafter", "and", "or", "not", "xor"), constant),
+        **dict.fromkeys(("bitcast_convert_type", "clz", "mulhi", "population_count"), constant),
+        **dict.fromkeys(("shift_left", "shift_right_arithmetic", "shift_right_logical"), constant),
+        **dict.fromkeys(("random_bits", "random_fold_in", "random_seed", "random_split"), constant),
+        **dict.fromkeys(("random_unwrap", "random_wrap"), constant),
+        # Effects without a result
+        **dict.fromkeys(("check", "dce_sink", "debug_callback", "debug_print"), constant),
+        "inspect_sharding": constant,
     }
 )

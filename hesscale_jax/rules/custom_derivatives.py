@@ -1,17 +1,20 @@
 """Functions with a derivative rule of their own: ``custom_jvp`` and ``custom_vjp``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Value
+from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments
 from hesscale_jax.rules.derivatives import Pointwise, nested
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import PiecewiseConstant, push
 from hesscale_jax.rules.table import ByEquation, Find
 
-__all__ = ["custom_jvp", "custom_rule"]
+__all__ = ["custom_jvp", "custom_rule", "defined_by"]
+
+Rule = Callable[[Equation, Sequence[Moments], Any], list[Moments]]
 
 
 def custom_rule(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -20,17 +23,51 @@ def custom_rule(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     The gradient is that of the function's own rule, the curvature that of its definition.
     """
     (body,) = eqn.bodies
-    return bent(eqn, operands, recurse(body, [Moments(x.primal, None, x.spread) for x in operands]))
+    try:
+        return _bent(eqn, operands, body, recurse)
+    except UnsupportedPrimitiveError as error:
+        raise error.within(_jaxpr.label(eqn)) from error
 
 
-def bent(eqn: Equation, operands: Sequence[Moments], curved: Sequence[Moments]) -> list[Moments]:
-    """The equation's own derivative along the shifts, with the second order of ``curved``."""
+def defined_by(function: Callable[..., Any]) -> Rule:
+    """The rule of a call that computes what ``function`` does, which JAX can trace.
+
+    It is for kernels and foreign functions with a gradient of their own. The gradient remains that;
+    the curvature is that of ``function``, pushed through its equations:
+    ``dy = J dx + function(vx)'s shift, vy = function(vx)'s spread``.
+
+    Args:
+      function: Takes the operands of the equation in order, and returns its results, in one array
+        or a pytree.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, hesscale_jax as hs
+      >>> @jax.custom_vjp
+      ... def cube(x):  # stands for a kernel
+      ...     return jax.pure_callback(lambda x: x**3, x, x)
+      >>> cube.defvjp(lambda x: (cube(x), x), lambda x, g: (3 * x**2 * g,))
+      >>> rules = hs.RULES | {"custom_vjp_call[cube]": hs.rules.defined_by(lambda x: x**3)}
+      >>> grad, hess_diag = hs.hesscale(lambda x: cube(x).sum(), rules=rules)(jnp.array([1.0, 2.0]))
+      >>> print(grad, hess_diag)
+      [ 3. 12.] [ 6. 12.]
+    """
+
+    def rule(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+        traced = _jaxpr.trace(function, *(x.primal for x in operands))
+        return _bent(eqn, operands, traced, recurse)
+
+    return rule
+
+
+def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -> list[Moments]:
+    """The equation's own derivative along the shifts, and what the spreads give in ``body``."""
     primals = [x.primal for x in operands]
     results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
     shifts = push(eqn, primals, [x.shift for x in operands])
+    bends = recurse(body, [x._replace(shift=None) for x in operands])
     return [
-        Moments(y, total(shift, of_spread.shift), of_spread.spread)
-        for y, shift, of_spread in zip(results, shifts, curved, strict=True)
+        Moments(y, total(shift, bend.shift), bend.spread)
+        for y, shift, bend in zip(results, shifts, bends, strict=True)
     ]
 
 

@@ -3,7 +3,8 @@
 For ``y = phi(a, b, ...)`` a block needs the slopes ``phi_a`` and the curvatures ``phi_ab``. The
 common primitives have closed forms; the rest are differentiated by nested ``jax.jvp``. A derivative
 that is zero everywhere is left out, and one that is the same everywhere is a Python float, so that
-nothing is computed for either.
+nothing is computed for either. Slopes are in the operands' dtype, as ``jax.grad``'s are; curvatures
+are in the dtype of spreads, because squares leave half precision.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.extend import core
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax.moments import spread_dtype
 
 __all__ = ["Pointwise", "binary", "linear", "nested", "unary"]
 
@@ -44,12 +46,24 @@ class Pointwise:
     own_jvp: bool = False
 
 
+def widened(x: Any) -> Any:
+    """A floating-point array in the dtype of its spreads, any other array as it is."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    wide = spread_dtype(x.dtype)
+    return x if x.dtype == wide else lax.convert_element_type(x, wide)
+
+
 def unary(derivatives: Callable[[Any, Any], tuple[Coefficient, Coefficient]]) -> Pointwise:
     """``y = f(x)`` from ``derivatives(x, y) -> (f'(x), f''(x))``; ``None`` where it is zero."""
 
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         first, second = derivatives(operands[0], y)
-        return {0: first}, {} if second is None else {(0, 0): second}
+        if second is None:
+            return {0: first}, {}
+        if widened(y) is not y:
+            _, second = derivatives(widened(operands[0]), widened(y))
+        return {0: first}, {(0, 0): second}
 
     return Pointwise(closed)
 
@@ -63,7 +77,7 @@ def binary(
 
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         slopes = first(*operands, y)
-        curvatures = second(*operands, y)
+        curvatures = second(*map(widened, operands), widened(y))
         return (
             {i: slopes[i] for i in positions},
             {(i, j): c for (i, j), c in curvatures.items() if i in positions and j in positions},
@@ -97,7 +111,7 @@ def _integer_pow(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequ
     slope = 0.0 if n == 0 else n * lax.integer_pow(x, n - 1)
     if n in (0, 1):
         return {0: slope}, {}
-    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(x, n - 2)}
+    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(widened(x), n - 2)}
 
 
 def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
@@ -105,10 +119,14 @@ def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[
     fun = _jaxpr.along(eqn, operands, positions)
     pairs = [(i, j) for i in range(len(positions)) for j in range(i, len(positions))]
 
+    wide = _jaxpr.along(eqn, [widened(x) for x in operands], positions)
+    if "call_jaxpr" in eqn.params:  # of fixed dtypes
+        wide = fun
+
     def derivatives(*xs: Any) -> Any:
-        first = [_partial(fun, i) for i in range(len(xs))]
-        second = [_partial(first[i], j) for i, j in pairs]
-        return [f(*xs) for f in (*first, *second)]
+        first = [_partial(fun, i)(*xs) for i in range(len(xs))]
+        ws = xs if wide is fun else tuple(map(widened, xs))
+        return [*first, *(_partial(_partial(wide, i), j)(*ws) for i, j in pairs)]
 
     xs = [operands[i] for i in positions]
     traced = _jaxpr.trace(derivatives, *xs)
@@ -137,11 +155,18 @@ def _erf(x: Any, y: Any) -> tuple[Any, Any]:
     return slope, -2 * x * slope
 
 
-def _share(a: Any, b: Any, y: Any) -> Any:
+def share(a: Any, b: Any, y: Any) -> Any:
     """The slope of ``max`` or ``min`` in ``a``: 1 where it was taken, 1/2 in a tie."""
     one = lax.full_like(y, 1)
     taken = jnp.where(a == y, one, lax.full_like(y, 0))
     return jnp.where((a == y) & (b == y), one / 2, taken)
+
+
+def _clamp(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    """``y = min(max(x, low), high)``: the slope is 1 in what was taken, 0 in ``x`` at a bound."""
+    low, x, high = operands
+    taken = {0: (low > x) & (low < high), 1: (x > low) & (x < high), 2: x > high}
+    return {i: taken[i] for i in positions}, {}
 
 
 def _division(a: Any, b: Any, y: Any) -> Curvatures:
@@ -150,6 +175,7 @@ def _division(a: Any, b: Any, y: Any) -> Curvatures:
 
 nested = Pointwise(_nested, own_jvp=True)
 select = Pointwise(_select, affine=lambda positions: True)
+clamp = Pointwise(_clamp)
 integer_pow = Pointwise(_integer_pow)
 
 exp = unary(lambda x, y: (y, y))
@@ -167,4 +193,4 @@ erf = unary(_erf)
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
 div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
-extremum = binary(lambda a, b, y: (_share(a, b, y), _share(b, a, y)))
+extremum = binary(lambda a, b, y: (share(a, b, y), share(b, a, y)))

@@ -1,6 +1,8 @@
 """Primitives whose Jacobian holds only zeros and ones: they move entries, or add them up.
 
 dy = J dx,   vy = J vx          since J*J = J
+
+Some hold a -1, or shares of 1 where entries tie for an extremum: they differ in ``J*J`` alone.
 """
 
 import dataclasses
@@ -15,11 +17,12 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments, spread_dtype
-from hesscale_jax.rules.derivatives import Pointwise
-from hesscale_jax.rules.table import ByEquation
+from hesscale_jax.rules.derivatives import Pointwise, share, widened
+from hesscale_jax.rules.table import ByEquation, PiecewiseConstant
 
 __all__ = [
     "Join",
+    "PiecewiseConstant",
     "Reduction",
     "Selection",
     "View",
@@ -41,17 +44,58 @@ class Selection:
     def __call__(self, eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
         """The moments of the results."""
         primals = [x.primal for x in operands]
-        shifts = [x.shift for x in operands]
-        spreads = [x.spread for x in operands]
-        wide = spread_dtype(*(v.dtype for v in eqn.outputs if _jaxpr.is_inexact(v)))
         return list(
             map(
                 Moments,
                 _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn),
-                push(eqn, primals, shifts),
-                push(eqn, [_widened(x, wide) for x in primals], spreads),
+                push(eqn, primals, [x.shift for x in operands]),
+                self.spreads(
+                    in_wide_dtype(eqn), list(map(widened, primals)), [x.spread for x in operands]
+                ),
             )
         )
+
+    def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
+        """``vy = J vx``, all in the dtype of spreads."""
+        return push(eqn, primals, spreads)
+
+
+class ScatterSub(Selection):
+    """``dy = dx - J du, vy = vx + J vu``: the updates' entries of the Jacobian are 0 and -1."""
+
+    def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
+        """``vy = vx + J vu``."""
+        x, indices, _ = primals
+        vx, _, vu = spreads
+        if vu is None:
+            return [vx]
+        return [_scatter_add(eqn, lax.full_like(x, 0) if vx is None else vx, indices, vu)]
+
+
+class ScatterExtremum(Selection):
+    """``vy = J vx / n`` where ``n`` entries tie: they share the derivative, as in JAX."""
+
+    def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
+        """``vy = J vx / n``."""
+        x, indices, u = primals
+        y = _jaxpr.bind(eqn, *primals)
+
+        def added(u: Any) -> Any:
+            return _scatter_add(eqn, lax.full_like(x, 0), indices, u)
+
+        (taken,) = jax.linear_transpose(added, u)(y)
+        n = (x == y).astype(x.dtype) + added((u == taken).astype(x.dtype))
+        return [v if v is None else v / jnp.maximum(n, 1) for v in push(eqn, primals, spreads)]
+
+
+class CumulativeExtremum(Selection):
+    """``vy = (J*J) vx``, where two entries that tie for the extremum take one half each."""
+
+    def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
+        """``vy = (J*J) vx``."""
+        largest = lax.max if eqn.name == "cummax" else lax.min
+        ((x,), (v,)) = primals, spreads
+        return [None if v is None else scan_squared(eqn, x, v, largest, share)]
 
 
 class View(Selection):
@@ -88,10 +132,6 @@ class Join(Selection):
         return [i for i in range(rank) if not (stacked and i == _joined_axis(eqn))]
 
 
-class PiecewiseConstant:
-    """Primitives without a derivative (sign, floor, comparisons, stop_gradient): a path ends."""
-
-
 def _joined_axis(eqn: Equation) -> int:
     return eqn.params["axis" if eqn.name == "stack" else "dimension"]
 
@@ -104,8 +144,54 @@ def _side_by_side(eqn: Equation, positions: Sequence[int]) -> Any:
 
 
 def _concatenate(eqn: Equation, find: Any) -> Selection:
+    """Arrays of one entry each side by side are a stack, others a selection."""
     one_wide = all(v.shape[_joined_axis(eqn)] == 1 for v in eqn.inputs)
     return join if one_wide else selection
+
+
+def scan_squared(
+    eqn: Equation,
+    x: Any,
+    v: Any,
+    combine: Callable[[Any, Any], Any],
+    slope: Callable[[Any, Any, Any], Any],
+) -> Any:
+    """``(J*J) v`` of a cumulative combination ``y = f(a, b)``, with ``f_a = slope(a, b, y)``.
+
+    An entry reaches a result along one path, so the squares of the slopes along it multiply.
+    """
+
+    def combined(left: Any, right: Any) -> Any:
+        (a, va), (b, vb) = left, right
+        y = combine(a, b)
+        return y, slope(a, b, y) ** 2 * va + slope(b, a, y) ** 2 * vb
+
+    axis, reverse = eqn.params["axis"], eqn.params["reverse"]
+    return lax.associative_scan(combined, (x, v), reverse, axis)[1]
+
+
+REDUCERS = {
+    "scatter-add": lax.add,
+    "scatter-max": lax.max,
+    "scatter-min": lax.min,
+    "scatter-mul": lax.mul,
+}
+
+
+def in_wide_dtype(eqn: Equation) -> Equation:
+    """The equation for operands in the dtype of their spreads: a scatter's reducer has a dtype."""
+    wide = spread_dtype(eqn.outputs[0].dtype)
+    if eqn.name not in REDUCERS or eqn.outputs[0].dtype == wide:
+        return eqn
+    scalar = jax.ShapeDtypeStruct((), wide)
+    reducer = _jaxpr.trace(REDUCERS[eqn.name], scalar, scalar).jaxpr
+    return dataclasses.replace(eqn, params=eqn.params | {"update_jaxpr": reducer})
+
+
+def _scatter_add(eqn: Equation, x: Any, indices: Any, updates: Any) -> Any:
+    """The updates added where another scatter puts them."""
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    return lax.scatter_add(x, indices, updates, **{name: eqn.params[name] for name in names})
 
 
 def push(eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
@@ -119,10 +205,6 @@ def push(eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]) -> list
         t if _jaxpr.is_inexact(v) else None
         for t, v in zip(_jaxpr.listed(pushed, eqn), eqn.outputs, strict=True)
     ]
-
-
-def _widened(x: Any, dtype: Any) -> Any:
-    return lax.convert_element_type(x, dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
@@ -171,6 +253,9 @@ def _gather(eqn: Equation, find: Any) -> Selection:
 
 
 selection = Selection()
+scatter_sub = ScatterSub()
+scatter_extremum = ScatterExtremum()
+cumulative_extremum = CumulativeExtremum()
 view = View()
 join = Join()
 concatenate = ByEquation(_concatenate)
