@@ -34,12 +34,8 @@ __all__ = [
     "trace",
 ]
 
-# Calls that only group equations, and the parameter that holds these: they are written out, so that
-# a block can cross their border.
-CALLS = {
-    **dict.fromkeys(("jit", "remat2", "checkpoint"), "jaxpr"),
-    **dict.fromkeys(("call", "closed_call", "core_call", "eval_jaxpr"), "call_jaxpr"),
-}
+# Calls that only group equations: they are written out, so that a block can cross their border.
+CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -221,8 +217,7 @@ class _Builder:
             inputs = tuple(map(read, eqn.invars))
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                called = _closed(eqn.params[CALLS[eqn.primitive.name]])
-                results = self.inline(called, inputs, (eqn, *callers), _region(eqn, region))
+                results = self.inline(called(eqn), inputs, (eqn, *callers), _region(eqn, region))
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
@@ -260,6 +255,11 @@ def _region(call: Any, parent: Region | None) -> Region | None:
     if "policy" not in call.params:
         return parent
     return Region({name: call.params[name] for name in ("policy", "prevent_cse")}, parent)
+
+
+def called(call: Any) -> core.ClosedJaxpr:
+    """The jaxpr that a call of ``CALLS`` runs."""
+    return _closed(call.params.get("jaxpr") or call.params["call_jaxpr"])
 
 
 def _closed(jaxpr: Any) -> core.ClosedJaxpr:

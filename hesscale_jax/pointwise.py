@@ -357,9 +357,11 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     """The product. Where a Boolean coefficient is false it is zero, whatever the other factor."""
     if a is None or b is None:
         return None
-    for factor, other in ((a, b), (b, a)):
+    factors = (a, b), (b, a)
+    for factor, other in factors:
         if isinstance(factor, float) and factor == 1.0:
             return other
+    for factor, other in factors:
         if _is_choice(factor):
             return _choose(factor, other)
     return a * b

@@ -1,4 +1,6 @@
-"""Random programs: the gradient is always right, the diagonal wherever theory says it is exact.
+"""Random programs: the gradient is always right, the diagonal is what the method says it is.
+
+That is the dense reference of ``tests/oracle.py``, and the exact one wherever theory says so.
 
 ``HESSCALE_EXAMPLES=20`` draws twenty times as many; ``python tests/programs.py`` checks them by
 seed.
@@ -19,15 +21,16 @@ import hesscale_jax as hs
 
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
-    "anything": 12,
-    "block": 20,
-    "views": 30,
-    "chain": 10,
-    "last_layer": 10,
-    "plain_last_layer": 5,
-    "units": 5,
-    "penalized": 5,
-    "convex": 8,
+    "anything": 80,
+    "control": 80,
+    "block": 25,
+    "views": 50,
+    "chain": 15,
+    "last_layer": 15,
+    "plain_last_layer": 10,
+    "units": 7,
+    "penalized": 8,
+    "convex": 10,
 }
 
 

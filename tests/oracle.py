@@ -1,0 +1,317 @@
+"""The contract in dense algebra: exact inside a block, off-diagonal terms dropped only between.
+
+A slow reference for whole programs. Which equations are on the path, and which of them form a
+block, is what ``hesscale_jax.blocks`` says; a *unit* is a block, or any other equation on the path.
+Back through the units, from ``g = 1`` and ``h = 0`` at the loss, for each ``y = f(x)`` with its
+Jacobian ``J`` and second derivatives ``H``
+
+    g_x += J^T g_y
+    h_x += (J*J)^T h_y + sum_j g_j H_jii
+
+Loops, branches and functions with a derivative rule of their own do the same with the programs that
+they run; the entries of what a step of a loop hands to the next count as independent, as do the
+operands of one equation outside of blocks, also where a value stands twice.
+No rule of the library is used, nor its arithmetic inside blocks.
+"""
+
+import graphlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hesscale_jax as hs
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Constant, Equation, Program, Value
+from hesscale_jax.blocks import Loop, Plan, loop, plan
+from hesscale_jax.rules.table import find
+
+FLOOR = 1e-3  # what counts as the size of derivatives that cancel
+Unit = list[Equation]
+
+
+class Cotangents(NamedTuple):
+    """What comes back to a value: of its shift, of its spread."""
+
+    g: Any
+    h: Any
+
+
+def check(
+    fun: Callable[..., Any], *args: jax.Array, rtol: float = 1e-9, finite: bool = True
+) -> None:
+    """Compare the library with ``jax.grad`` and with :func:`hesscale`.
+
+    An entry may be off by ``rtol`` times the largest one, of all arguments together. Unless it has
+    to be ``finite``, nothing is compared where ``jax.grad`` is not.
+    """
+    everywhere = range(len(args))
+
+    @jax.jit
+    def all_three(*args: jax.Array) -> Any:
+        received = hs.hesscale(fun, everywhere)(*args)
+        return received, jax.grad(fun, everywhere)(*args), hesscale(fun, *args)
+
+    (grads, diagonals), expected, (oracle_grads, oracle_diagonals) = all_three(*args)
+    if not (finite or is_finite(expected)):
+        return
+    assert_close(grads, expected, rtol, "gradient")
+    assert_close(oracle_grads, expected, rtol, "gradient of the oracle")
+    assert_close(diagonals, oracle_diagonals, rtol, "hess_diag")
+
+
+def is_finite(grads: Sequence[Any]) -> bool:
+    """Whether there is something to compare with.
+
+    A random program may overflow. And XLA may compute a value twice and round it differently: then
+    no entry equals the maximum, and its derivative is 0 / 0.
+    """
+    return all(np.isfinite(x).all() for x in grads)
+
+
+def assert_close(received: Sequence[Any], expected: Sequence[Any], rtol: float, what: str) -> None:
+    scale = max(FLOOR, *(np.max(np.abs(x), initial=0) for x in expected))
+    for i, (got, want) in enumerate(zip(received, expected, strict=True)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale, err_msg=f"{what} {i}")
+        assert np.isfinite(got).all(), f"{what} {i} is not finite"
+
+
+def hesscale(fun: Callable[..., Any], *args: jax.Array) -> tuple[list[Any], list[Any]]:
+    """The gradient and HesScale's diagonal of a loss, for each argument."""
+    program = _jaxpr.flatten(_jaxpr.trace(fun, *args))
+    found = backward(program, args, program.inputs, [Cotangents(jnp.ones(()), jnp.zeros(()))])
+    return [x.g for x in found], [x.h for x in found]
+
+
+def backward(
+    program: Program,
+    primals: Sequence[Any],
+    moving: Iterable[Value],
+    cotangents: Sequence[Cotangents | None],
+) -> list[Cotangents]:
+    """The cotangents of a program's inputs from those of its outputs."""
+    wanted = [v for v, x in zip(program.outputs, cotangents, strict=True) if x is not None]
+    steps = plan(program, moving, wanted, find_rule)
+    env = evaluate(program, primals)
+    came_back: dict[Value, Cotangents] = {}
+
+    def add(value: Any, x: Cotangents | None) -> None:
+        if x is not None and value in steps.active:
+            came_back[value] = plus(came_back.get(value, zero(value.shape)), x)
+
+    for value, x in zip(program.outputs, cotangents, strict=True):
+        add(value, x)
+    for unit in reversed(units(steps)):
+        made = [v for eqn in unit for v in eqn.outputs]
+        if unit[0] in steps.blocks:
+            read = [v for eqn in unit for v in eqn.inputs if v in steps.active and v not in made]
+            sources = list(dict.fromkeys(read))
+            outputs = [v for v in made if v in came_back]
+            function = block_function(unit, env, sources, outputs)
+            cotangents = [came_back[v] for v in outputs]
+            found = back_through(function, [env[v] for v in sources], cotangents)
+        else:
+            (eqn,) = unit
+            positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
+            sources = [eqn.inputs[i] for i in positions]
+            back = INSIDE.get(eqn.name, back_through_equation)
+            paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
+            at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
+            found = back(at, [came_back.get(v) for v in made])
+        for value, x in zip(sources, found, strict=True):
+            add(value, x)
+    return [came_back.get(v, zero(v.shape)) for v in program.inputs]
+
+
+def find_rule(eqn: Equation) -> Any:
+    return find(hs.RULES, eqn)
+
+
+def zero(shape: tuple[int, ...]) -> Cotangents:
+    return Cotangents(*jnp.zeros((2, *shape)))
+
+
+def plus(x: Cotangents, y: Cotangents) -> Cotangents:
+    return Cotangents(x.g + y.g.astype(x.g.dtype), x.h + y.h.astype(x.h.dtype))
+
+
+def evaluate(program: Program, primals: Sequence[Any]) -> dict[Value, Any]:
+    """The primal of every value."""
+    env = dict(zip(program.inputs, primals, strict=True))
+    for eqn in program.equations:
+        run(eqn, env)
+    return env
+
+
+def run(eqn: Equation, env: dict[Value, Any]) -> None:
+    results = _jaxpr.bind(eqn, *(operand(env, v) for v in eqn.inputs))
+    env.update(zip(eqn.outputs, _jaxpr.listed(results, eqn), strict=True))
+
+
+def operand(env: dict[Value, Any], atom: Value | Constant) -> Any:
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
+def units(steps: Plan) -> list[Unit]:
+    """Each block, and each equation on the path that is in none, in topological order."""
+    unit_of = {}  # by equation, what stands for its unit
+    members: dict[Any, Unit] = {}
+    for eqn in steps.rules:
+        unit_of[eqn] = steps.blocks.get(eqn, eqn)
+        members.setdefault(unit_of[eqn], []).append(eqn)
+    makers = {v: unit_of[eqn] for eqn in steps.rules for v in eqn.outputs}
+    graph = {
+        unit: {makers[v] for eqn in eqns for v in eqn.inputs if v in makers} - {unit}
+        for unit, eqns in members.items()
+    }
+    return [members[unit] for unit in graphlib.TopologicalSorter(graph).static_order()]
+
+
+def block_function(
+    unit: Unit, env: dict[Value, Any], sources: Sequence[Value], outputs: Sequence[Value]
+) -> Callable[..., list[Any]]:
+    """A block as a function of what it reads."""
+
+    def function(*xs: Any) -> list[Any]:
+        inside = env | dict(zip(sources, xs, strict=True))
+        for eqn in unit:
+            run(eqn, inside)
+        return [inside[v] for v in outputs]
+
+    return function
+
+
+class At(NamedTuple):
+    """An equation outside of blocks, as a function of the operands at ``positions``."""
+
+    eqn: Equation
+    primals: list[Any]
+    positions: list[int]
+    paths: list[Loop]  # through the programs that it runs
+
+    def function(self, results: Sequence[int]) -> Callable[..., list[Any]]:
+        def function(*xs: Any) -> list[Any]:
+            along = _jaxpr.along(self.eqn, self.primals, self.positions)
+            found = _jaxpr.listed(along(*xs), self.eqn)
+            return [found[i] for i in results]
+
+        return function
+
+    @property
+    def xs(self) -> list[Any]:
+        return [self.primals[i] for i in self.positions]
+
+
+def back_through_equation(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    wanted = [i for i, x in enumerate(cotangents) if x is not None]
+    return back_through(at.function(wanted), at.xs, [cotangents[i] for i in wanted])
+
+
+def back_through_scan(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """Step by step, from the last."""
+    (body,), (paths,) = at.eqn.bodies, at.paths
+    consts, carry, xs = _jaxpr.scan_groups(at.eqn)
+    times = range(at.eqn.params["length"])
+    steps, state = [], [at.primals[i] for i in carry]
+    for t in reversed(times) if at.eqn.params["reverse"] else times:
+        here = [at.primals[i][t] for i in xs]
+        read = [*(at.primals[i] for i in consts), *state, *here]
+        env = evaluate(body.program, read)
+        state = [operand(env, v) for v in body.program.outputs[: len(carry)]]
+        steps.append((t, read))
+
+    found = {i: zero(jnp.shape(x)) for i, x in enumerate(at.primals)}
+    handed_on, outputs = list(cotangents[: len(carry)]), cotangents[len(carry) :]
+    for t, read in reversed(steps):
+        here = [x and Cotangents(x.g[t], x.h[t]) for x in outputs]
+        back = back_through_body(body.program, read, paths, [*handed_on, *here])
+        handed_on = [back[i] for i in carry]
+        for i in consts:
+            found[i] = plus(found[i], back[i])
+        for i in xs:
+            found[i] = Cotangents(*(x.at[t].set(y) for x, y in zip(found[i], back[i], strict=True)))
+    found.update(zip(carry, handed_on, strict=True))
+    return [found[i] for i in at.positions]
+
+
+def back_through_cond(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """The branch that is taken."""
+    which, *operands = at.primals
+    branches = [
+        back_through_body(body.program, operands, paths, cotangents)
+        for body, paths in zip(at.eqn.bodies, at.paths, strict=True)
+    ]
+    taken = jnp.clip(which.astype(int), 0, len(branches) - 1)
+    found = [
+        Cotangents(*(jnp.stack(x)[taken] for x in zip(*each, strict=True)))
+        for each in zip(*branches, strict=True)
+    ]
+    return [found[i - 1] for i in at.positions]
+
+
+def back_through_custom(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """The gradient by the function's own rule, the curvature by its definition."""
+    (body,), (paths,) = at.eqn.bodies, at.paths
+    wanted = [i for i, x in enumerate(cotangents) if x is not None]
+    results, transpose = jax.vjp(at.function(wanted), *at.xs)
+    grads = transpose(
+        [cotangents[i].g.astype(y.dtype) for i, y in zip(wanted, results, strict=True)]
+    )
+    back = back_through_body(body.program, at.primals, paths, cotangents)
+    return [Cotangents(g, back[i].h) for i, g in zip(at.positions, grads, strict=True)]
+
+
+def back_through_body(
+    program: Program, primals: Sequence[Any], paths: Loop, cotangents: Sequence[Cotangents | None]
+) -> list[Cotangents]:
+    wanted = [
+        (x or zero(v.shape)) if i in paths.wanted else None
+        for i, (v, x) in enumerate(zip(program.outputs, cotangents, strict=True))
+    ]
+    return backward(program, primals, paths.moving, wanted)
+
+
+INSIDE = {
+    "scan": back_through_scan,
+    "cond": back_through_cond,
+    "custom_jvp_call": back_through_custom,
+    "custom_vjp_call": back_through_custom,
+}
+
+
+def back_through(
+    function: Callable[..., list[Any]], xs: Sequence[Any], cotangents: Sequence[Cotangents]
+) -> list[Cotangents]:
+    """``g_x = J^T g_y`` and ``h_x = (J*J)^T h_y + sum_j g_j H_jii``."""
+    xs = tuple(map(jnp.asarray, xs))
+
+    def along(direction: list[Any]) -> Cotangents:
+        """What comes back to the entry that the direction points to."""
+
+        def first(*xs: Any) -> Any:
+            return jax.jvp(function, xs, tuple(direction))[1]
+
+        columns, bends = jax.jvp(first, xs, tuple(direction))
+        columns, bends = ([d.astype(float) for d in ds] for ds in (columns, bends))
+        terms = list(zip(cotangents, columns, bends, strict=True))
+        return Cotangents(
+            sum(jnp.sum(column * c.g) for c, column, _ in terms),
+            sum(jnp.sum(column**2 * c.h + bend * c.g) for c, column, bend in terms),
+        )
+
+    found = jax.vmap(along)(basis(xs))
+    ends = np.cumsum([x.size for x in xs])[:-1]
+    pieces = zip(jnp.split(found.g, ends), jnp.split(found.h, ends), strict=True)
+    return [
+        Cotangents(g.reshape(x.shape), h.reshape(x.shape))
+        for x, (g, h) in zip(xs, pieces, strict=True)
+    ]
+
+
+def basis(xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """One direction for each entry of the arrays, along the first axis."""
+    sizes = [x.size for x in xs]
+    rows = np.split(np.eye(sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
+    return [jnp.asarray(r.reshape(-1, *x.shape), x.dtype) for x, r in zip(xs, rows, strict=True)]
