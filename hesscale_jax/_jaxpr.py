@@ -158,6 +158,20 @@ def location(eqn: Equation) -> str:
     return "an unknown line"
 
 
+def user_line(eqn: Equation, installed: Sequence[str] = ()) -> tuple[str, int] | None:
+    """The file and line of :func:`location`, outside of the ``installed`` directories if it can.
+
+    A layer of a library is found where the user calls it.
+    """
+    frames = [
+        (frame.file_name, frame.start_line)
+        for source in eqn.sources
+        for frame in source_info_util.user_frames(source.source_info.traceback)
+    ]
+    outside = (frame for frame in frames if not frame[0].startswith(tuple(installed)))
+    return next(outside, frames[0] if frames else None)
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)

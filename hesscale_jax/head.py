@@ -33,6 +33,7 @@ class LossHead:
 
     Attributes:
       equations: The equations of the head.
+      tail: The equations through which the loss is an affine function of their result.
     """
 
     def __init__(
@@ -64,9 +65,7 @@ class LossHead:
         moving = {v for eqn in path for v in eqn.outputs}
         self._named = named
         self._like = _parameter_like(program, frozenset(parameters), moving)
-        self._only_inputs = (
-            program.outputs[0] in self._like if only_inputs is None else only_inputs
-        )
+        self._only_inputs = program.outputs[0] in self._like if only_inputs is None else only_inputs
         if self._only_inputs:
             self._like = frozenset(parameters)
         self._entered, self._bent = entered, bent
@@ -75,14 +74,14 @@ class LossHead:
             for value in eqn.inputs:
                 self._readers[value].append(eqn)
 
-        self._tail: set[Equation] = set()
+        self.tail: set[Equation] = set()
         self._clear: set[Equation] = set()  # no entry from here on
         head: set[Equation] = set()
         for eqn in reversed(path):
             is_name = named and _names_output(eqn)
             linear_after = all(map(self._is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
-                self._tail.add(eqn)
+                self.tail.add(eqn)
             is_entry = is_name if named else self._is_entry(eqn)
             if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
                 self._clear.add(eqn)
@@ -133,12 +132,12 @@ class LossHead:
 
     def _is_affine_in(self, value: Value) -> bool:
         """Whether the loss is an affine function of the value."""
-        return value not in self._bent and self._tail.issuperset(self._readers[value])
+        return value not in self._bent and self.tail.issuperset(self._readers[value])
 
     def _is_clear_after(self, value: Value) -> bool:
         """Whether no entry but those of the tail comes after the value."""
         return value not in self._entered and all(
-            eqn in self._clear or eqn in self._tail for eqn in self._readers[value]
+            eqn in self._clear or eqn in self.tail for eqn in self._readers[value]
         )
 
 
