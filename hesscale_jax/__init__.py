@@ -6,7 +6,7 @@ transformations precondition with it.
 
 from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
-from hesscale_jax.explain import explain
+from hesscale_jax.explanation import explain
 from hesscale_jax.moments import Moments
 from hesscale_jax.optimizers import ScaleByHesScaleState, adahesscale, scale_by_hesscale
 from hesscale_jax.report import Report

@@ -113,7 +113,7 @@ class Report:
         """The same text with colours."""
         from rich.text import Text
 
-        text = Text(str(self), no_wrap=True)
+        text = Text(str(self))
         text.highlight_regex(r"(?m)^ *step .*$", "bold")
         text.highlight_regex(r"(?m)^[A-Z].*:$", "bold")
         text.highlight_regex(r"no rule: raises", "bold red")
@@ -268,7 +268,8 @@ class _Page:
     def _branches(self) -> Iterator[tuple[str, ...]]:
         for entry in self._report.dropped:
             base = self._places[entry.read_by[0] if entry.made_by is None else entry.made_by]
-            made = "argument" if entry.made_by is None else self._number(base.step)
+            outside = "input" if self._prefix else "argument"
+            made = outside if entry.made_by is None else self._number(base.step)
             value, readers = cut(self._value(entry), VALUE), self._references(entry.read_by, base)
             meeting = self._references([entry.meet_in], base)
             yield f"  {value}", made, cut(readers, STEPS), cut(meeting, STEP)
@@ -282,7 +283,7 @@ class _Page:
     def _shared(self) -> Iterator[tuple[str, ...]]:
         for entry in self._report.shared:
             loop = self._number(self._places[entry.loop].step)
-            yield f"  {cut(entry.value, VALUE)}", f"loop {loop}"
+            yield f"  {cut(entry.value, 2 * VALUE)}", f"loop {loop}"
         for page in self._inside():
             yield from page._shared()
 
@@ -350,10 +351,10 @@ def primitives(names: Sequence[str]) -> str:
 def shortened(lines: Sequence[str]) -> str:
     """The lines by file, relative to the working directory or with the last two parts of it."""
     files: dict[str, list[str]] = {}
-    for file, number in (line.rsplit(":", 1) for line in lines if ":" in line):
+    for file, number in (line.rsplit(":", 1) for line in lines):
         files.setdefault(file, []).append(number)
     text = ", ".join(f"{_shortened(file)}:{','.join(n)}" for file, n in files.items())
-    return cut(text or "an unknown line", LINES)
+    return cut(text, LINES)
 
 
 def _shortened(file: str) -> str:

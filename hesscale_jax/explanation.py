@@ -20,7 +20,7 @@ import jax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
-from hesscale_jax.blocks import Plan, loop, plan
+from hesscale_jax.blocks import Block, Plan, loop, plan
 from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
@@ -75,12 +75,12 @@ def explain(
       ValueError: ``curvature`` is unknown, or ``argnums`` does not fit the arguments.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax.numpy as jnp
       >>> import hesscale_jax as hs
       >>> def loss(w, x):
       ...     y = jnp.tanh(x @ w)
       ...     return jnp.sum((y + y @ w) ** 2)
-      >>> report = hs.explain(loss)(jnp.ones((3, 3)), jax.ShapeDtypeStruct((5, 3), "float32"))
+      >>> report = hs.explain(loss)(jnp.ones((3, 3), "float32"), jnp.ones((5, 3), "float32"))
       >>> [step.rule for step in report.steps]
       ['multilinear', 'block', 'multilinear', 'block']
       >>> for entry in report.dropped:
@@ -90,21 +90,25 @@ def explain(
     """
     check_curvature(curvature)
 
+    def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
+        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        names = dict(zip(program.inputs, _paths(fun, chosen), strict=True))
+        return _explained(fun, program, names, rules, curvature)
+
     def explain_fun(*args: Any, **kwargs: Any) -> Report:
         leaves, tree = jax.tree.flatten((args, kwargs))
         abstract = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-        found = []
+        if not abstract:
+            return explained(args, kwargs)
+        reports = []
 
-        def report(*arrays: Any) -> None:
+        def with_arrays(*arrays: Any) -> None:
             for i, array in zip(abstract, arrays, strict=True):
                 leaves[i] = array
-            args, kwargs = jax.tree.unflatten(tree, leaves)
-            program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
-            names = dict(zip(program.inputs, _paths(fun, chosen), strict=True))
-            found.append(_explained(fun, program, names, rules, curvature))
+            reports.append(explained(*jax.tree.unflatten(tree, leaves)))
 
-        jax.eval_shape(report, *(leaves[i] for i in abstract))
-        return found[0]
+        jax.eval_shape(with_arrays, *(leaves[i] for i in abstract))
+        return reports[0]
 
     return explain_fun
 
@@ -196,7 +200,7 @@ class _Explanation:
             groups[self._plan.blocks.get(eqn, eqn)].append(eqn)
         for key, equations in groups.items():
             if not self._renames(equations):
-                yield _Unit(equations, key in self._plan.blocks.values())
+                yield _Unit(equations, isinstance(key, Block))
 
     def _renames(self, equations: list[Equation]) -> bool:
         """Whether a step yields the entries of one argument, and nothing else."""
@@ -271,7 +275,7 @@ class _Explanation:
             rule=NO_RULE if reason else "block" if unit.block else _family(first, rule),
             primitives=tuple(eqn.name for eqn in unit.equations),
             results=tuple(map(_described, unit.results)),
-            lines=tuple(dict.fromkeys(map(_line, unit.equations))),
+            lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
             marks=tuple(self._marks(unit)),
             reason=reason,
             bodies=tuple(self._bodies(first)),
@@ -446,6 +450,5 @@ def _described(value: Any) -> str:
 
 
 def _line(eqn: Equation) -> str:
-    """Where an equation was written, outside of installed libraries if it was called there."""
-    found = _jaxpr.user_line(eqn, INSTALLED)
-    return "an unknown line" if found is None else ":".join(map(str, found))
+    """Where the user wrote an equation or called the library that did; empty if not known."""
+    return ":".join(map(str, _jaxpr.user_line(eqn, INSTALLED) or ()))
