@@ -34,7 +34,7 @@ from hesscale_jax.transform import check_curvature, traced
 
 __all__ = ["explain"]
 
-NO_RULE = "no rule: raises"
+NO_RULE, YOURS = "no rule: raises", "your rule"
 
 # Of an argument, these are not shown as steps: they yield the same entries.
 RENAMINGS = frozenset(
@@ -149,7 +149,7 @@ def _explained(
 class _Unit:
     """The equations of a step, and the values that it hands on."""
 
-    def __init__(self, equations: list[Equation], block: bool) -> None:
+    def __init__(self, equations: list[Equation], block: Block | None) -> None:
         self.equations = equations
         self.block = block
         self.made = {v for eqn in equations for v in eqn.outputs}
@@ -200,7 +200,7 @@ class _Explanation:
             groups[self._plan.blocks.get(eqn, eqn)].append(eqn)
         for key, equations in groups.items():
             if not self._renames(equations):
-                yield _Unit(equations, isinstance(key, Block))
+                yield _Unit(equations, key if isinstance(key, Block) else None)
 
     def _renames(self, equations: list[Equation]) -> bool:
         """Whether a step yields the entries of one argument, and nothing else."""
@@ -227,7 +227,7 @@ class _Explanation:
     def _entering(self, unit: _Unit) -> dict[Value, int]:
         """The values that a step reads; how often, if it takes each time as independent."""
         reads = [v for eqn in unit.equations for v in self._reads(eqn) if v not in unit.made]
-        return dict.fromkeys(reads, 1) if unit.block else dict(Counter(reads))
+        return dict.fromkeys(reads, 1) if unit.block is not None else dict(Counter(reads))
 
     def _ordered(self, units: list[_Unit]) -> list[_Unit]:
         """The units so that each comes after those it reads from, else in program order."""
@@ -270,9 +270,9 @@ class _Explanation:
     def _step(self, unit: _Unit) -> Step:
         first = unit.equations[0]
         rule = self._plan.rules[first]
-        reason = None if unit.block else _missing(rule)
+        reason = None if unit.block is not None else _missing(rule)
         return Step(
-            rule=NO_RULE if reason else "block" if unit.block else _family(first, rule),
+            rule=NO_RULE if reason else "block" if unit.block is not None else _family(first, rule),
             primitives=tuple(eqn.name for eqn in unit.equations),
             results=tuple(map(_described, unit.results)),
             lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
@@ -313,11 +313,17 @@ class _Explanation:
     # What is dropped
 
     def _mixes(self, unit: _Unit) -> bool:
-        """Whether the result's entries share entries of the operands, and are used curved."""
-        (first, *_) = unit.equations
-        mixes = self._plan.rules[first] is multilinear or first.name in MIXING
-        after = [eqn for v in unit.results for later in self._readers[v] for eqn in later.equations]
-        return mixes and not unit.block and not self._head.tail.issuperset(after)
+        """Whether entries of a result share entries of the operands, and are used curved."""
+        first = unit.equations[0]
+        if unit.block is not None:
+            entering = self._entering(unit)
+            mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
+        else:
+            family = _family(first, self._plan.rules[first])
+            mixes = first.name in MIXING or family.startswith(("multilinear", "scan", YOURS))
+        return mixes and any(
+            size(v.shape) > 1 and not self._head.is_affine_in(v) for v in unit.results
+        )
 
     def _shared(self) -> Iterator[Shared]:
         """Constants of a loop, and carries if there are several."""
@@ -433,7 +439,7 @@ def _family(eqn: Equation, rule: Any) -> str:
         return "selection"
     if isinstance(rule, ControlFlow):
         return eqn.name
-    return f"your rule {getattr(rule, '__name__', type(rule).__name__)}"
+    return f"{YOURS} {getattr(rule, '__name__', type(rule).__name__)}"
 
 
 def _titles(eqn: Equation) -> list[str]:

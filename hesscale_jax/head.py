@@ -79,7 +79,7 @@ class LossHead:
         head: set[Equation] = set()
         for eqn in reversed(path):
             is_name = named and _names_output(eqn)
-            linear_after = all(map(self._is_affine_in, eqn.outputs)) and not is_name
+            linear_after = all(map(self.is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
                 self.tail.add(eqn)
             is_entry = is_name if named else self._is_entry(eqn)
@@ -103,7 +103,7 @@ class LossHead:
         entered = {
             v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_clear_after(y)
         }
-        bent = {v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_affine_in(y)}
+        bent = {v for v, y in zip(outputs, eqn.outputs, strict=True) if not self.is_affine_in(y)}
         while True:
             head = LossHead(
                 body.program,
@@ -120,7 +120,7 @@ class LossHead:
             for i, j in body.carry.items():
                 if not head._is_clear_after(inputs[j]):
                     entered.add(outputs[i])
-                if not head._is_affine_in(inputs[j]):
+                if not head.is_affine_in(inputs[j]):
                     bent.add(outputs[i])
                 if outputs[i] not in head._like:
                     like.discard(inputs[j])
@@ -130,7 +130,7 @@ class LossHead:
     def _is_entry(self, eqn: Equation) -> bool:
         return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
 
-    def _is_affine_in(self, value: Value) -> bool:
+    def is_affine_in(self, value: Value) -> bool:
         """Whether the loss is an affine function of the value."""
         return value not in self._bent and self.tail.issuperset(self._readers[value])
 

@@ -85,8 +85,9 @@ class Report:
       steps: Its steps, so that each comes after those that it reads from.
       dropped: The values whose branches meet again outside of the loss's affine end.
       shared: What the steps of loops share.
-      mixing: The indices of the steps outside of blocks whose results' entries share entries of
-        their operands: products, sums, copies. The covariance between these entries is dropped.
+      mixing: The indices of the steps that yield entries which share entries of their operands
+        (products, sums, copies) and are used where the loss is not affine in them. The covariance
+        between these entries is dropped.
     """
 
     title: str
@@ -256,12 +257,10 @@ class _Page:
             lines += aligned(shared)
         mixing = Counter(self._mixing())
         if mixing:
-            which = cut(", ".join(f"{n} {name}" for name, n in mixing.most_common()), 60)
-            steps = "step yields" if mixing.total() == 1 else "steps yield"
+            which = cut(", ".join(f"{n} {name}" for name, n in mixing.most_common()), 70)
             lines += [
-                f"- Between the entries of one result: {mixing.total()} {steps} entries that share "
-                "entries of their",
-                f"  operands ({which}). Nothing is lost where only affine steps follow.",
+                "- Between the entries of one result, where a step mixes or copies the entries of",
+                f"  its operands and something not affine follows: {which}.",
             ]
         return lines if len(lines) > 1 else ["No off-diagonal terms between steps are dropped."]
 
@@ -289,7 +288,8 @@ class _Page:
 
     def _mixing(self) -> Iterator[str]:
         for i in self._report.mixing:
-            yield self._report.steps[i].primitives[0]
+            step = self._report.steps[i]
+            yield step.rule if step.rule == "block" else step.primitives[0]
         for place in self._places:
             for page in self._bodies.get(place.step, ()):
                 yield from page._mixing()
