@@ -20,7 +20,7 @@ class UnsupportedPrimitiveError(NotImplementedError):
 
 
 class WhileLoopError(UnsupportedPrimitiveError, ValueError):
-    """A ``while_loop`` of unknown length on the path: what ``jax.grad`` raises ``ValueError`` for."""
+    """A ``while_loop`` of unknown length on the path: ``jax.grad`` raises ``ValueError`` for it."""
 
     def __init__(self, location: str) -> None:
         super().__init__("while", location)

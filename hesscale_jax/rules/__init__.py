@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules import control_flow
+from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
 from hesscale_jax.rules.multilinear import multilinear

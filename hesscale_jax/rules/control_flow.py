@@ -73,7 +73,9 @@ def _shard_map(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list
 
 def _filled(values: Sequence[Moments], moving: Sequence[bool]) -> list[Moments]:
     """Values with a shift and a spread where they move, and without where they do not."""
-    return [_fill(x) if moves else Moments(x.primal) for x, moves in zip(values, moving, strict=True)]
+    return [
+        _fill(x) if moves else Moments(x.primal) for x, moves in zip(values, moving, strict=True)
+    ]
 
 
 def _fill(x: Moments) -> Moments:
