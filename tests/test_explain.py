@@ -212,15 +212,16 @@ def drops_nothing(report):
 
 def test_where_nothing_is_dropped_the_diagonal_is_exact():
     found = 0
-    for seed in range(40):
+    for seed in range(10):
         fun, args, _ = programs.anything(random.Random(seed))
         every = tuple(range(len(args)))
         if not drops_nothing(hs.explain(fun, every)(*args)):
             continue
         found += 1
-        _, received = hs.hesscale(fun, every)(*args)
+        _, received = jax.jit(hs.hesscale(fun, every))(*args)
+        hessians = jax.jit(jax.hessian(fun, every))(*args)
         for i, (arg, diagonal) in enumerate(zip(args, received, strict=True)):
-            hessian = jax.hessian(fun, i)(*args).reshape(arg.size, arg.size)
+            hessian = hessians[i][i].reshape(arg.size, arg.size)
             expected = jnp.diagonal(hessian).reshape(arg.shape)
             np.testing.assert_allclose(diagonal, expected, rtol=1e-9, atol=1e-9)
     assert found

@@ -137,6 +137,8 @@ def test_locations_name_the_user_s_line():
     (eqn,) = flatten(trace(user_function, 1.0)).equations
     line = user_function.__code__.co_firstlineno + 1
     assert _jaxpr.location(eqn).startswith(f"{__file__}:{line} (")
+    assert _jaxpr.user_line(eqn) == (__file__, line)
+    assert _jaxpr.user_line(eqn, [__file__]) != (__file__, line)
     # Inside a function of JAX's own, which is jitted: the line of the call.
     inner = [
         e for e in flatten(trace(lambda x: jnp.fft.fft(x), normal(2))).equations if e.name == "fft"
