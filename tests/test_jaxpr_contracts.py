@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import normal
 from jax import lax, nn
@@ -138,12 +139,19 @@ def test_locations_name_the_user_s_line():
     line = user_function.__code__.co_firstlineno + 1
     assert _jaxpr.location(eqn).startswith(f"{__file__}:{line} (")
     assert _jaxpr.user_line(eqn) == (__file__, line)
-    assert _jaxpr.user_line(eqn, [__file__]) != (__file__, line)
+    assert _jaxpr.user_line(eqn, [__file__]) == (__file__, line)  # there is no other
     # Inside a function of JAX's own, which is jitted: the line of the call.
     inner = [
         e for e in flatten(trace(lambda x: jnp.fft.fft(x), normal(2))).equations if e.name == "fft"
     ]
     assert _jaxpr.location(inner[0]).startswith(__file__)
+
+
+def test_lines_in_libraries_give_way_to_the_user_s():
+    (eqn,) = flatten(trace(lambda x: optax.l2_loss(x), 1.0)).equations[:1]
+    file, _ = _jaxpr.user_line(eqn)
+    assert file != __file__
+    assert _jaxpr.user_line(eqn, [file])[0] == __file__
 
 
 def test_what_is_bound_carries_the_user_s_line():
