@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ __all__ = [
 
 # Calls that only group equations: they are written out, so that a block can cross their border.
 CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
+
+
+# Where libraries are.
+INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -152,11 +157,24 @@ def context(eqn: Equation) -> Iterator[None]:
 
 def location(eqn: Equation) -> str:
     """Where the user wrote the equation: ``file.py:41 (function)``."""
-    for source in eqn.sources:
-        frame = source_info_util.user_frame(source.source_info.traceback)
-        if frame is not None:
-            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
-    return "an unknown line"
+    frame = user_frame(eqn)
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+
+
+def user_frame(eqn: Equation) -> Any:
+    """The innermost frame outside of installed libraries, if there is one, else the innermost.
+
+    So a layer of a library is found where the user calls it. ``None`` if no frame is known.
+    """
+    frames = [
+        frame
+        for source in eqn.sources
+        for frame in source_info_util.user_frames(source.source_info.traceback)
+    ]
+    outside = (frame for frame in frames if not frame.file_name.startswith(INSTALLED))
+    return next(outside, frames[0] if frames else None)
 
 
 def label(eqn: Equation) -> str:

@@ -33,6 +33,7 @@ class LossHead:
 
     Attributes:
       equations: The equations of the head.
+      tail: The equations through which the loss is an affine function of their result.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class LossHead:
             for value in eqn.inputs:
                 self._readers[value].append(eqn)
 
-        self._tail: set[Equation] = set()
+        self.tail: set[Equation] = set()
         self._clear: set[Equation] = set()  # no entry from here on
         head: set[Equation] = set()
         for eqn in reversed(path):
             is_name = named and _names_output(eqn)
-            linear_after = all(map(self._is_affine_in, eqn.outputs)) and not is_name
+            linear_after = all(map(self.is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
-                self._tail.add(eqn)
+                self.tail.add(eqn)
             is_entry = is_name if named else self._is_entry(eqn)
             if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
                 self._clear.add(eqn)
@@ -102,7 +103,7 @@ class LossHead:
         entered = {
             v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_clear_after(y)
         }
-        bent = {v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_affine_in(y)}
+        bent = {v for v, y in zip(outputs, eqn.outputs, strict=True) if not self.is_affine_in(y)}
         while True:
             head = LossHead(
                 body.program,
@@ -119,7 +120,7 @@ class LossHead:
             for i, j in body.carry.items():
                 if not head._is_clear_after(inputs[j]):
                     entered.add(outputs[i])
-                if not head._is_affine_in(inputs[j]):
+                if not head.is_affine_in(inputs[j]):
                     bent.add(outputs[i])
                 if outputs[i] not in head._like:
                     like.discard(inputs[j])
@@ -129,14 +130,14 @@ class LossHead:
     def _is_entry(self, eqn: Equation) -> bool:
         return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
 
-    def _is_affine_in(self, value: Value) -> bool:
+    def is_affine_in(self, value: Value) -> bool:
         """Whether the loss is an affine function of the value."""
-        return value not in self._bent and self._tail.issuperset(self._readers[value])
+        return value not in self._bent and self.tail.issuperset(self._readers[value])
 
     def _is_clear_after(self, value: Value) -> bool:
         """Whether no entry but those of the tail comes after the value."""
         return value not in self._entered and all(
-            eqn in self._clear or eqn in self._tail for eqn in self._readers[value]
+            eqn in self._clear or eqn in self.tail for eqn in self._readers[value]
         )
 
 

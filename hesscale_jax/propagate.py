@@ -19,7 +19,7 @@ from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Selection
 from hesscale_jax.rules.table import find
 
-__all__ = ["propagate"]
+__all__ = ["affine_in", "propagate"]
 
 
 def propagate(
@@ -46,7 +46,7 @@ def propagate(
     head = None
     if curvature == "gauss_newton":
         named = names_output(program)
-        head = LossHead(program, steps.rules, _affine(steps), moving, named=named)
+        head = LossHead(program, steps.rules, affine_in(steps), moving, named=named)
     return _Walk(program, operands, steps, rules, head, spreads).run()
 
 
@@ -224,7 +224,7 @@ class Recursion:
         moving = _moving(program, operands)
         asked = self._loop(body).wanted
         steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
-        head = walk.head and walk.head.inside(self._eqn, body, steps.rules, _affine(steps))
+        head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         return _Walk(program, operands, steps, walk.rules, head, True).run()
 
     def moving(self, body: Body) -> list[bool]:
@@ -252,12 +252,12 @@ def _within(eqn: Equation, region: Region | None) -> Region | None:
     return inner
 
 
-def _affine(steps: Plan) -> Callable[[Equation], bool]:
+def affine_in(steps: Plan) -> Callable[[Equation], bool]:
+    """Whether the result of an equation on a path is affine in its active operands together."""
     return lambda eqn: _is_affine(eqn, steps)
 
 
 def _is_affine(eqn: Equation, steps: Plan) -> bool:
-    """Whether an equation's result is affine in its active operands together."""
     rule = steps.rules[eqn]
     positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
     if isinstance(rule, Pointwise):

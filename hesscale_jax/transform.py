@@ -107,24 +107,13 @@ def value_and_hesscale(
       Elsayed et al., `Revisiting Scalable Hessian Diagonal Approximations for Applications in
       Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024
     """
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+    check_curvature(curvature)
 
     @functools.wraps(fun)
     def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:
-        chosen = _positions(argnums, len(args))
-        leaves, tree = jax.tree.flatten([args[i] for i in chosen])
-        _check_differentiable(leaves, argnums)
-
-        def flat_fun(*leaves: Any) -> Any:
-            replaced = list(args)
-            for i, arg in zip(chosen, jax.tree.unflatten(tree, leaves), strict=True):
-                replaced[i] = arg
-            return fun(*replaced, **kwargs)
-
-        loss = _Loss(flat_fun, has_aux)
-        traced = _jaxpr.trace(loss, *leaves)
-        primals, transpose = transposed(_jaxpr.flatten(traced), leaves, rules, curvature)
+        program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        leaves, tree = jax.tree.flatten(list(chosen.values()))
+        primals, transpose = transposed(program, leaves, rules, curvature)
         value, *aux = map(jnp.asarray, primals)
         grads, diagonals = transpose(lax.full_like(value, 1))
         diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
@@ -135,6 +124,32 @@ def value_and_hesscale(
         return ((value, loss.with_aux(aux)) if has_aux else value), result
 
     return value_and_hesscale_fun
+
+
+def traced(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[_jaxpr.Program, "_Loss", dict[int, Any]]:
+    """A loss as a program of the leaves of the arguments to differentiate.
+
+    Returns:
+      The program, the function that was traced, and the arguments to differentiate by position.
+    """
+    chosen = {i: args[i] for i in _positions(argnums, len(args))}
+    leaves, tree = jax.tree.flatten(list(chosen.values()))
+    _check_differentiable(leaves, argnums)
+
+    def flat_fun(*leaves: Any) -> Any:
+        replaced = list(args)
+        for i, arg in zip(chosen, jax.tree.unflatten(tree, leaves), strict=True):
+            replaced[i] = arg
+        return fun(*replaced, **kwargs)
+
+    loss = _Loss(flat_fun, has_aux)
+    return _jaxpr.flatten(_jaxpr.trace(loss, *leaves)), loss, chosen
 
 
 def transposed(
@@ -197,6 +212,12 @@ class _Loss:
 
 
 # Input checks, in the user's terms
+
+
+def check_curvature(curvature: str) -> None:
+    """Raise ``ValueError`` if there is no such curvature."""
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
 
 
 def _positions(argnums: int | Sequence[int], count: int) -> list[int]:

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import normal
 from jax import lax, nn
+from jax._src import source_info_util
 from jax.experimental import pallas
 from jax.extend import core
 
@@ -143,6 +145,13 @@ def test_locations_name_the_user_s_line():
         e for e in flatten(trace(lambda x: jnp.fft.fft(x), normal(2))).equations if e.name == "fft"
     ]
     assert _jaxpr.location(inner[0]).startswith(__file__)
+
+
+def test_lines_in_libraries_give_way_to_the_users():
+    eqn = flatten(trace(lambda x: optax.l2_loss(x), 1.0)).equations[0]
+    frame = source_info_util.user_frame(eqn.sources[0].source_info.traceback)
+    assert frame.file_name.startswith(_jaxpr.INSTALLED)
+    assert _jaxpr.user_frame(eqn).file_name == __file__
 
 
 def test_what_is_bound_carries_the_user_s_line():

@@ -56,6 +56,7 @@ def defined_by(function: Callable[..., Any]) -> Rule:
         traced = _jaxpr.trace(function, *(x.primal for x in operands))
         return _bent(eqn, operands, traced, recurse)
 
+    rule.__name__ = f"defined_by({getattr(function, '__name__', 'function')})"
     return rule
 
 

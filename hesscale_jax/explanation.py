@@ -1,0 +1,461 @@
+"""``explain``: what ``hesscale`` makes of a loss, and which off-diagonal terms it drops.
+
+A *step* is a block or a single equation outside of one. A value that several steps read branches;
+where two of its branches meet again, they are taken as independent:
+
+    y = phi(a(x), b(x))         phi_ab a'(x) b'(x) vx is dropped
+
+unless the loss is an affine function of ``a`` and ``b`` together.
+"""
+
+import heapq
+import inspect
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
+from hesscale_jax.blocks import Block, Plan, loop, plan
+from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.propagate import affine_in
+from hesscale_jax.report import Dropped, Report, Shared, Step
+from hesscale_jax.rules import RULES
+from hesscale_jax.rules.control_flow import ControlFlow, while_loop
+from hesscale_jax.rules.custom_derivatives import custom_rule
+from hesscale_jax.rules.multilinear import multilinear
+from hesscale_jax.rules.selection import Selection
+from hesscale_jax.rules.table import Unsupported, find
+from hesscale_jax.transform import check_curvature, traced
+
+__all__ = ["explain"]
+
+NO_RULE, YOURS = "no rule: raises", "your rule"
+OURS = "hesscale_jax.rules."
+
+# Of an argument, these are not shown as steps: they yield the same entries.
+RENAMINGS = frozenset(
+    ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose")
+)
+
+# Selections of which one entry's result shares entries with another's.
+MIXING = frozenset(
+    (
+        *("broadcast_in_dim", "cumsum", "gather", "psum", "psum_invariant", "reduce_scatter"),
+        *("reduce_window_sum", "scatter-add", "tile"),
+    )
+)
+
+
+def explain(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    curvature: str = "hessian",
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Report]:
+    """What ``hesscale`` does with a loss: its blocks and rules, and where terms are dropped.
+
+    Takes the arguments of :func:`hesscale`. Nothing is computed, only traced, so that
+    ``jax.ShapeDtypeStruct`` may stand for any array. Equations without a rule are listed, all at
+    once, where ``hesscale`` would raise.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns a :class:`Report` to print or to read.
+
+    Raises:
+      TypeError: As :func:`hesscale`, for arguments and losses that cannot be differentiated.
+      ValueError: ``curvature`` is unknown, or ``argnums`` does not fit the arguments.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import hesscale_jax as hs
+      >>> def loss(w, x):
+      ...     y = jnp.tanh(x @ w)
+      ...     return jnp.sum((y + y @ w) ** 2)
+      >>> report = hs.explain(loss)(jnp.ones((3, 3), "float32"), jnp.ones((5, 3), "float32"))
+      >>> [step.rule for step in report.steps]
+      ['multilinear', 'block', 'multilinear', 'block']
+      >>> for entry in report.dropped:
+      ...     print(entry.value, "is read by", entry.read_by, "and meets in", entry.meet_in)
+      w is read by (0, 2) and meets in 2
+      f32[5,3] is read by (2, 3) and meets in 3
+    """
+    check_curvature(curvature)
+
+    def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
+        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        names = dict(zip(program.inputs, _paths(fun, chosen), strict=True))
+        return _explained(fun, program, names, rules, curvature)
+
+    def explain_fun(*args: Any, **kwargs: Any) -> Report:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        abstract = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+        if not abstract:
+            return explained(args, kwargs)
+        reports = []
+
+        def with_arrays(*arrays: Any) -> None:
+            for i, array in zip(abstract, arrays, strict=True):
+                leaves[i] = array
+            reports.append(explained(*jax.tree.unflatten(tree, leaves)))
+
+        jax.eval_shape(with_arrays, *(leaves[i] for i in abstract))
+        return reports[0]
+
+    return explain_fun
+
+
+def _paths(fun: Callable[..., Any], chosen: Mapping[int, Any]) -> list[str]:
+    """What to call the leaves of the arguments at some positions."""
+    names: list[str] = []
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for i, arg in chosen.items():
+        name = named[i] if i < len(named) else f"args[{i}]"
+        paths = jax.tree_util.tree_flatten_with_path(arg)[0]
+        names += [name + jax.tree_util.keystr(path) for path, _ in paths]
+    return names
+
+
+def _explained(
+    fun: Callable[..., Any],
+    program: Program,
+    names: dict[Value, str],
+    rules: Mapping[Any, Any],
+    curvature: str,
+) -> Report:
+    def rule(eqn: Equation) -> Any:
+        return find(rules, eqn)
+
+    steps = plan(program, program.inputs, program.outputs[:1], rule)
+    named = names_output(program)
+    head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
+    title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
+    marked = curvature == "gauss_newton"
+    return _Explanation(program, steps, head, names, rule, marked).report(title)
+
+
+class _Unit:
+    """The equations of a step, and the values that it hands on."""
+
+    def __init__(self, equations: list[Equation], block: Block | None) -> None:
+        self.equations = equations
+        self.block = block
+        self.made = {v for eqn in equations for v in eqn.outputs}
+        self.results: list[Value] = []
+        self.index = 0
+
+
+class _Explanation:
+    """One program: its steps in order, and what is dropped between them."""
+
+    def __init__(
+        self,
+        program: Program,
+        steps: Plan,
+        head: LossHead,
+        names: dict[Value, str],
+        rule: Callable[[Equation], Any],
+        marked: bool,
+    ) -> None:
+        self._program = program
+        self._plan = steps
+        self._head = head
+        self._rule = rule
+        self._marked = marked
+        self._names = names
+        self._same: dict[Value, Value] = {}  # a renamed argument -> the argument
+        self._loops = {
+            eqn: [loop(eqn, body, steps.active, steps.active, rule) for body in eqn.bodies]
+            for eqn, found in steps.rules.items()
+            if _recurses(found)
+        }
+        self._units = self._ordered(list(self._grouped()))
+
+    def report(self, title: str) -> Report:
+        return Report(
+            title,
+            tuple(map(self._step, self._units)),
+            tuple(self._dropped()),
+            tuple(self._shared()),
+            tuple(unit.index for unit in self._units if self._mixes(unit)),
+        )
+
+    # Steps
+
+    def _grouped(self) -> Iterator[_Unit]:
+        groups: dict[Any, list[Equation]] = defaultdict(list)
+        for eqn in self._plan.rules:
+            groups[self._plan.blocks.get(eqn, eqn)].append(eqn)
+        for key, equations in groups.items():
+            if not self._renames(equations):
+                yield _Unit(equations, key if isinstance(key, Block) else None)
+
+    def _renames(self, equations: list[Equation]) -> bool:
+        """Whether a step yields the entries of one argument, and nothing else."""
+        same = dict(self._same)
+        for eqn in equations:
+            values = [v for v in eqn.inputs if v in self._plan.active]
+            argument = same.get(values[0], values[0])
+            if eqn.name not in RENAMINGS or argument not in self._names:
+                return False
+            if size(eqn.outputs[0].shape) != size(argument.shape):
+                return False
+            same[eqn.outputs[0]] = argument
+        self._same = same
+        return True
+
+    def _reads(self, eqn: Equation) -> list[Any]:
+        """The active operands of an equation, one entry for each time that it reads one."""
+        values = [v for v in eqn.inputs if v in self._plan.active]
+        if eqn in self._loops:
+            inside = set().union(*(paths.read for paths in self._loops[eqn]))
+            values = [v for v in values if v in inside]
+        return [self._same.get(v, v) for v in values]
+
+    def _entering(self, unit: _Unit) -> dict[Value, int]:
+        """The values that a step reads; how often, if it takes each time as independent."""
+        reads = [v for eqn in unit.equations for v in self._reads(eqn) if v not in unit.made]
+        return dict.fromkeys(reads, 1) if unit.block is not None else dict(Counter(reads))
+
+    def _ordered(self, units: list[_Unit]) -> list[_Unit]:
+        """The units so that each comes after those it reads from, else in program order."""
+        maker = {v: unit for unit in units for v in unit.made}
+        waits = {
+            unit: {maker[v] for v in self._entering(unit) if v in maker} - {unit} for unit in units
+        }
+        place = {unit: i for i, unit in enumerate(units)}
+        after: dict[_Unit, list[_Unit]] = defaultdict(list)
+        for unit in units:
+            for before in waits[unit]:
+                after[before].append(unit)
+        left = {unit: len(waits[unit]) for unit in units}
+        ready = [place[unit] for unit in units if not left[unit]]
+        ordered: list[_Unit] = []
+        while ready:
+            unit = units[heapq.heappop(ready)]
+            unit.index = len(ordered)
+            ordered.append(unit)
+            for later in after[unit]:
+                left[later] -= 1
+                if not left[later]:
+                    heapq.heappush(ready, place[later])
+        self._link(ordered)
+        return ordered
+
+    def _link(self, units: list[_Unit]) -> None:
+        """Find who reads each value, and what each step hands on."""
+        self._readers: dict[Value, list[_Unit]] = defaultdict(list)
+        for unit in units:
+            for value in self._entering(unit):
+                self._readers[value].append(unit)
+        for unit in units:
+            made = dict.fromkeys(v for eqn in unit.equations for v in eqn.outputs)
+            outside = self._program.outputs
+            unit.results = [
+                v for v in made if v in self._plan.active and (self._readers[v] or v in outside)
+            ]
+
+    def _step(self, unit: _Unit) -> Step:
+        first = unit.equations[0]
+        rule = self._plan.rules[first]
+        reason = None if unit.block is not None else _missing(rule)
+        return Step(
+            rule=NO_RULE if reason else "block" if unit.block is not None else _family(first, rule),
+            primitives=tuple(eqn.name for eqn in unit.equations),
+            results=tuple(map(_described, unit.results)),
+            lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
+            marks=tuple(self._marks(unit)),
+            reason=reason,
+            bodies=tuple(self._bodies(first)),
+        )
+
+    def _marks(self, unit: _Unit) -> Iterator[str]:
+        if self._marked:
+            inside = {eqn in self._head.equations for eqn in unit.equations}
+            yield from (name for name, at in (("model", False), ("head", True)) if at in inside)
+        if any(eqn.region is not None for eqn in unit.equations):
+            yield "checkpoint"
+
+    def _bodies(self, eqn: Equation) -> Iterator[Report]:
+        if eqn not in self._loops:
+            return
+        titles = _titles(eqn)
+        for title, body, paths in zip(titles, eqn.bodies, self._loops[eqn], strict=True):
+            inner = body.program
+            wanted = [inner.outputs[i] for i in sorted(paths.wanted)]
+            steps = plan(inner, paths.moving, wanted, self._rule)
+            head = self._head.inside(eqn, body, steps.rules, affine_in(steps))
+            names = self._handed(eqn, body)
+            yield _Explanation(inner, steps, head, names, self._rule, self._marked).report(title)
+
+    def _handed(self, eqn: Equation, body: Body) -> dict[Value, str]:
+        """What to call the inputs of a body."""
+        carried = set(body.carry.values())
+        names = {}
+        for j, (value, i) in enumerate(zip(body.program.inputs, body.inputs, strict=True)):
+            outer = self._same.get(eqn.inputs[i], eqn.inputs[i])
+            name = self._names.get(outer, _described(value))
+            names[value] = f"carry {_described(value)}" if j in carried else name
+        return names
+
+    # What is dropped
+
+    def _mixes(self, unit: _Unit) -> bool:
+        """Whether entries of a result share entries of the operands, and are used curved."""
+        first = unit.equations[0]
+        if unit.block is not None:
+            entering = self._entering(unit)
+            mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
+        else:
+            family = _family(first, self._plan.rules[first])
+            mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
+        return mixes and any(
+            size(v.shape) > 1 and not self._head.is_affine_in(v) for v in unit.results
+        )
+
+    def _shared(self) -> Iterator[Shared]:
+        """Constants of a loop, and carries if there are several."""
+        for unit in self._units:
+            eqn = unit.equations[0]
+            if eqn.name != "scan" or eqn not in self._loops:
+                continue
+            constants, carry, _ = _jaxpr.scan_groups(eqn)
+            ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
+            for i in constants:
+                if eqn.inputs[i] in paths.read:
+                    value = self._same.get(eqn.inputs[i], eqn.inputs[i])
+                    name = self._names.get(value, _described(value))
+                    yield Shared(f"{name}, read at every step", unit.index)
+            moving = [v for i in carry if (v := body.program.inputs[i]) in paths.moving]
+            if len(moving) > 1:
+                values = ", ".join(map(_described, moving))
+                yield Shared(f"carries {values}, which one step hands to the next", unit.index)
+
+    def _dropped(self) -> Iterator[Dropped]:
+        for value, name in self._names.items():
+            edges = [(value, unit) for unit in self._readers[value]]
+            meeting = self._meeting(edges, {value: frozenset([value])})
+            if meeting is not None:
+                yield Dropped(name, None, _indices(edges), meeting.index)
+        for unit in self._units:
+            edges = [(v, later) for v in unit.results for later in self._readers[v]]
+            meeting = self._meeting(edges, self._origins(unit))
+            if meeting is not None:
+                values = ", ".join(dict.fromkeys(_described(v) for v, _ in edges))
+                maker = next(eqn for eqn in unit.equations if edges[0][0] in eqn.outputs)
+                line = _line(maker)
+                yield Dropped(values, unit.index, _indices(edges), meeting.index, line)
+
+    def _origins(self, unit: _Unit) -> dict[Value, frozenset[Value]]:
+        """The values that a step reads, for each that it makes: those it depends on."""
+        origins: dict[Value, frozenset[Value]] = {}
+        for eqn in unit.equations:
+            reads = (origins.get(v, frozenset([v])) for v in self._reads(eqn))
+            origins.update(dict.fromkeys(eqn.outputs, frozenset[Value]().union(*reads)))
+        return origins
+
+    def _meeting(
+        self, edges: list[tuple[Value, _Unit]], origins: dict[Value, frozenset[Value]]
+    ) -> _Unit | None:
+        """The first step where two branches with a common origin meet, before the affine end.
+
+        Branches are walked step by step, until two meet or but one is left.
+        """
+        entering: dict[_Unit, dict[Value, frozenset[int]]] = defaultdict(dict)
+        origin: list[frozenset[Value]] = []
+        for value, unit in edges:
+            times = self._entering(unit)[value]
+            entering[unit][value] = frozenset(range(len(origin), len(origin) + times))
+            origin += [origins[value]] * times
+        ahead = [(unit.index, unit) for unit in entering]
+        heapq.heapify(ahead)
+        walking = Counter(b for values in entering.values() for bs in values.values() for b in bs)
+        while ahead and len(walking) > 1:
+            _, unit = heapq.heappop(ahead)
+            arrived = entering.pop(unit)
+            branches = self._through(unit, arrived)
+            for met in branches.values():
+                if any(origin[a] & origin[b] for a, b in itertools.combinations(met, 2)):
+                    return unit
+            for value in unit.results:
+                for later in self._readers[value] if branches.get(value) else ():
+                    if later not in entering:
+                        heapq.heappush(ahead, (later.index, later))
+                    entering[later][value] = branches[value]
+                    walking.update(branches[value])
+            walking -= Counter(b for bs in arrived.values() for b in bs)
+        return None
+
+    def _through(
+        self, unit: _Unit, arrived: dict[Value, frozenset[int]]
+    ) -> dict[Value, frozenset[int]]:
+        """Which branches the values of a step are on. The loss's affine end is on none."""
+        branches = dict(arrived)
+        for eqn in unit.equations:
+            if eqn not in self._head.tail:
+                met = (branches.get(v, frozenset()) for v in self._reads(eqn))
+                branches.update(dict.fromkeys(eqn.outputs, frozenset[int]().union(*met)))
+        return {v: met for v, met in branches.items() if v not in arrived}
+
+
+def _indices(edges: Iterable[tuple[Value, _Unit]]) -> tuple[int, ...]:
+    return tuple(sorted({unit.index for _, unit in edges}))
+
+
+# Words
+
+
+def _missing(rule: Any) -> str | None:
+    """Why an equation has no rule, ``None`` if it has one."""
+    if rule is while_loop:
+        return "how many steps a while_loop takes is not known; use scan, or fori_loop"
+    if isinstance(rule, Unsupported):
+        return rule.reason or "the table has no entry for it"
+    return None
+
+
+def _recurses(rule: Any) -> bool:
+    """Whether a rule pushes moments through the bodies of its equation."""
+    return (isinstance(rule, ControlFlow) and rule is not while_loop) or rule is custom_rule
+
+
+def _family(eqn: Equation, rule: Any) -> str:
+    """What to call the rule that serves an equation outside of blocks."""
+    if rule is multilinear:
+        return "multilinear"
+    if rule is custom_rule:
+        return "custom rule"
+    if isinstance(rule, Selection):
+        return "selection"
+    if isinstance(rule, ControlFlow):
+        return eqn.name
+    name = getattr(rule, "__name__", type(rule).__name__)
+    return name if rule.__module__.startswith(OURS) else f"{YOURS} {name}"
+
+
+def _titles(eqn: Equation) -> list[str]:
+    """What to call the programs that an equation runs."""
+    if eqn.name == "scan":
+        return [f"each of {eqn.params['length']} steps"]
+    if eqn.name == "cond":
+        return [f"branch {i}" for i in range(len(eqn.bodies))]
+    return ["on each device"] if eqn.name == "shard_map" else ["its definition"]
+
+
+def _described(value: Any) -> str:
+    return value.aval.str_short(short_dtypes=True)
+
+
+def _line(eqn: Equation) -> str:
+    """Where the user wrote an equation or called the library that did; empty if not known."""
+    frame = _jaxpr.user_frame(eqn)
+    return f"{frame.file_name}:{frame.start_line}" if frame else ""

@@ -1,0 +1,362 @@
+"""What `explain` says of a loss. What it does not run is tested here too."""
+
+import io
+import random
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import programs
+import pytest
+from jax import ShapeDtypeStruct as Struct
+
+import hesscale_jax as hs
+from benchmarks import models
+from hesscale_jax.report import folded
+
+
+def cross_entropy(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.zeros(5, int)).mean()
+
+
+def array(*shape):
+    return Struct(shape, jnp.float64)
+
+
+def branches(report):
+    return [(entry.value, entry.read_by, entry.meet_in) for entry in report.dropped]
+
+
+def rules(report):
+    return [step.rule for step in report.steps]
+
+
+def line_of(function, text):
+    """The line of this file that has a text in a function."""
+    code = function.__code__
+    with open(code.co_filename) as file:
+        lines = file.readlines()
+    found = (n for n, line in enumerate(lines, 1) if n > code.co_firstlineno and text in line)
+    return f"{code.co_filename}:{next(found)}"
+
+
+# Steps
+
+
+def residual(params, x):
+    y = jnp.tanh(x @ params["first"])
+    z = y + jnp.tanh(y @ params["second"])
+    return cross_entropy(z @ params["out"])
+
+
+RESIDUAL = {"first": array(6, 4), "second": array(4, 4), "out": array(4, 3)}
+
+
+def test_steps_come_with_their_rules_results_and_lines():
+    report = hs.explain(residual)(RESIDUAL, array(5, 6))
+    assert rules(report)[:6] == ["multilinear", "block"] * 3
+    first, activation, *_ = report.steps
+    assert (first.primitives, first.results) == (("dot_general",), ("f64[5,4]",))
+    assert (activation.primitives, activation.results) == (("tanh",), ("f64[5,4]",))
+    assert first.lines == (line_of(residual, "x @ params"),)
+    assert report.steps[3].lines == (line_of(residual, "z = y + "),)
+
+
+def test_a_step_comes_after_those_it_reads_from():
+    # The block of the first tanh reads the product that comes after it.
+    def loss(w, x):
+        y = jnp.tanh(x @ w["a"])
+        return jnp.sum((y * (x @ w["b"])) ** 2)
+
+    report = hs.explain(loss)({"a": array(3, 2), "b": array(3, 2)}, array(5, 3))
+    assert rules(report) == ["multilinear", "multilinear", "block"]
+
+
+def test_equations_inside_of_checkpoint_are_marked():
+    report = hs.explain(lambda w, x: jnp.sum(jax.checkpoint(jnp.sin)(x @ w) ** 2))(
+        array(3, 2), array(5, 3)
+    )
+    assert [step.marks for step in report.steps] == [(), ("checkpoint",)]
+
+
+def test_gauss_newton_marks_the_head():
+    report = hs.explain(residual, curvature="gauss_newton")(RESIDUAL, array(5, 6))
+    marks = [step.marks for step in report.steps]
+    assert marks[:5] == [("model",)] * 5
+    assert set(marks[5:]) == {("head",)}
+    assert not any(step.marks for step in hs.explain(residual)(RESIDUAL, array(5, 6)).steps)
+
+
+def test_rules_of_other_kinds_have_names():
+    def my_product(eqn, operands, recurse):
+        raise AssertionError
+
+    @jax.custom_vjp
+    def half(x):
+        return (x @ x.T) / 2
+
+    half.defvjp(lambda x: (half(x), x), lambda x, g: (g @ x,))
+    table = hs.RULES | {"dot_general": my_product}
+    loss = lambda w: jnp.sum(jnp.sort(w) @ w) + jnp.sum(half(w) ** 2)  # noqa: E731
+    found = rules(hs.explain(loss, rules=table)(array(3, 3)))
+    assert {"selection", "your rule my_product", "custom rule"} <= set(found)
+
+
+# What has no rule
+
+
+def test_all_equations_without_a_rule_are_listed():
+    def loss(w, x):
+        y = jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: 2 * y, jnp.tanh(x @ w))
+        return jnp.sum(jnp.linalg.qr(y)[0] ** 2)
+
+    report = hs.explain(loss)(array(3, 2), array(5, 3))
+    names = [step.primitives[0] for step in report.missing]
+    assert names[0] == "while"
+    assert len(names) > 1
+    assert all(step.rule == "no rule: raises" for step in report.missing)
+    assert "Without a rule" in str(report)
+    assert "Without a rule" not in str(hs.explain(residual)(RESIDUAL, array(5, 6)))
+
+
+def test_what_has_no_rule_inside_of_a_loop_is_listed():
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda c, _: (jnp.linalg.qr(c @ w)[0], ()), x, length=2)[0])
+
+    report = hs.explain(loss)(array(3, 3), array(5, 3))
+    assert report.missing
+    assert f"  1.2  {report.missing[0].primitives[0]}" in str(report)
+
+
+# What is dropped
+
+
+def test_a_residual_s_branches_meet_in_its_sum():
+    report = hs.explain(residual)(RESIDUAL, array(5, 6))
+    (entry,) = report.dropped
+    assert (entry.made_by, entry.read_by, entry.meet_in) == (1, (2, 3), 3)
+    assert entry.line == line_of(residual, "y = jnp.tanh")
+    assert re.search(r"f64\[5,4\] at \S+:\d+ +2 +3, 4 +4\n", str(report))
+
+
+def test_a_residual_read_in_its_own_block_branches_too():
+    # The sum and its sine leave the block that makes both.
+    def loss(w, x):
+        y = jnp.tanh(x @ w["a"])
+        return jnp.sum((y + jnp.sin(y) @ w["b"]) ** 2)
+
+    report = hs.explain(loss)({"a": array(3, 2), "b": array(2, 2)}, array(5, 3))
+    assert branches(report) == [("f64[5,2]", (2, 3), 3)]
+
+
+def test_results_of_a_block_without_a_common_origin_do_not_meet():
+    def loss(w, x):
+        a, b = jnp.sin(x @ w["a"]), jnp.cos(x @ w["b"])
+        return jnp.sum(jnp.exp(a @ b.T)) + jnp.sum(a * b)
+
+    report = hs.explain(loss)({"a": array(3, 2), "b": array(3, 2)}, array(5, 3))
+    assert any({"sin", "cos"} <= set(step.primitives) for step in report.steps)  # one block
+    assert branches(report) == []
+
+
+def test_tied_weights_meet():
+    def loss(params, tokens):
+        x = jnp.tanh(params["embed"][tokens] @ params["w"])
+        return cross_entropy(x @ params["embed"].T)
+
+    params = {"embed": array(7, 4), "w": array(4, 4)}
+    report = hs.explain(loss)(params, Struct((5,), jnp.int32))
+    assert branches(report) == [("params['embed']", (0, 3), 3)]
+    assert re.search(r"params\['embed'\] +argument +1, 4 +4\n", str(report))
+
+
+def test_a_value_multiplied_with_itself_meets():
+    report = hs.explain(lambda w: jnp.sum((w @ w) ** 2))(array(3, 3))
+    assert branches(report) == [("w", (0,), 0)]
+
+
+def test_nothing_is_lost_in_the_affine_end():
+    def penalised(params, x):
+        return residual(params, x) + 0.1 * sum(jnp.sum(p**2) for p in params.values())
+
+    def squared(params, x, t):
+        return jnp.mean((x @ params - t) ** 2) + 0.1 * jnp.sum(params**2)
+
+    assert [entry.value for entry in hs.explain(penalised)(RESIDUAL, array(5, 6)).dropped] == [
+        "f64[5,4]"
+    ]
+    report = hs.explain(squared)(array(3, 2), array(5, 3), array(5, 2))
+    assert branches(report) == []
+
+
+def test_a_penalty_under_a_root_is_listed():
+    def loss(w, x):
+        return jnp.sqrt(jnp.sum((x @ w) ** 2) + jnp.sum(w**2))
+
+    assert [entry.value for entry in hs.explain(loss)(array(3, 2), array(5, 3)).dropped] == ["w"]
+
+
+def test_an_exact_loss_drops_nothing():
+    report = hs.explain(lambda w: jnp.sum(jax.nn.gelu(w)))(array(3, 2))
+    assert str(report).endswith("No off-diagonal terms between steps are dropped.")
+
+
+def drops_nothing(report):
+    bodies = (body for step in report.steps for body in step.bodies)
+    here = not (report.dropped or report.shared or report.mixing)
+    return here and all(map(drops_nothing, bodies))
+
+
+def test_where_nothing_is_dropped_the_diagonal_is_exact():
+    found = 0
+    for seed in range(10):
+        fun, args, _ = programs.anything(random.Random(seed))
+        every = tuple(range(len(args)))
+        if not drops_nothing(hs.explain(fun, every)(*args)):
+            continue
+        found += 1
+        _, received = jax.jit(hs.hesscale(fun, every))(*args)
+        hessians = jax.jit(jax.hessian(fun, every))(*args)
+        for i, (arg, diagonal) in enumerate(zip(args, received, strict=True)):
+            hessian = hessians[i][i].reshape(arg.size, arg.size)
+            expected = jnp.diagonal(hessian).reshape(arg.shape)
+            np.testing.assert_allclose(diagonal, expected, rtol=1e-9, atol=1e-9)
+    assert found
+
+
+def test_arguments_go_by_their_path():
+    def loss(x, params, *more):
+        (w,) = params["layer"]
+        return jnp.sum((x @ w @ w) ** 2) + jnp.sum((more[0] @ more[0]) ** 2)
+
+    report = hs.explain(loss, argnums=(2, 1))(array(5, 3), {"layer": [array(3, 3)]}, array(4, 4))
+    assert {entry.value for entry in report.dropped} == {"params['layer'][0]", "args[2]"}
+
+
+# Loops
+
+
+def scanned(params, x):
+    def step(carry, w):
+        h, c = carry
+        g = jnp.tanh(h @ w + c @ params["shared"])
+        return (h + g, c * g), None
+
+    (h, _), _ = jax.lax.scan(step, (x, x), params["layers"])
+    return jnp.sum(h**2)
+
+
+SCANNED = {"layers": array(6, 3, 3), "shared": array(3, 3)}
+
+
+def test_the_steps_of_a_loop_are_shown_below_it():
+    report = hs.explain(scanned)(SCANNED, array(5, 3))
+    assert rules(report) == ["scan", "block"]
+    (body,) = report.steps[0].bodies
+    assert rules(body) == ["multilinear", "multilinear", "block"]
+    assert body.title == "each of 6 steps"
+    assert "\n  each of 6 steps:\n  1.1" in str(report)
+
+
+def test_what_the_steps_of_a_loop_share_is_listed():
+    report = hs.explain(scanned)(SCANNED, array(5, 3))
+    values = [entry.value for entry in report.shared]
+    assert values == [
+        "params['shared'], read at every step",
+        "carries f64[5,3], f64[5,3], which one step hands to the next",
+    ]
+    assert {entry.value for entry in report.steps[0].bodies[0].dropped} == {"carry f64[5,3]"}
+
+
+def test_branches_are_shown_one_by_one():
+    def loss(w, x):
+        return jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda y: y @ w, jnp.sin, x @ w) ** 2)
+
+    report = hs.explain(loss)(array(3, 3), array(5, 3))
+    titles = {body.title: rules(body) for body in report.steps[1].bodies}
+    assert titles == {"branch 0": ["block"], "branch 1": ["multilinear"]}
+
+
+# The text
+
+
+def gpt(layers):
+    task = models.gpt_task(2, vocabulary=50, length=16, width=32, heads=2, layers=layers)
+    params, batch = task.draw(0, jnp.float64)
+
+    def loss(*args):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return task.loss(*args)
+
+    return loss, (params, *batch)
+
+
+def test_the_layers_of_a_gpt_are_folded():
+    loss, args = gpt(4)
+    text = str(hs.explain(loss)(*args))
+    assert text.count("\nx 4\n") == 1
+    assert len(text.splitlines()) < 45
+    assert re.findall(r"(?<=  x )\d+$", text, re.MULTILINE) == ["4", "4", "3"]
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_large_program_takes_no_time():
+    loss, args = gpt(24)
+    start = time.perf_counter()
+    jax.make_jaxpr(jax.grad(loss))(*args)
+    tracing = time.perf_counter() - start
+    start = time.perf_counter()
+    str(hs.explain(loss)(*args))
+    assert time.perf_counter() - start < tracing + 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ("abc", [0, 1, 2]),
+        ("aaa", [(3, [0])]),
+        ("xababab", [0, (3, [1, 2])]),
+        ("aabaabx", [(2, [(2, [0]), 2]), 6]),
+    ],
+)
+def test_consecutive_repeats_are_folded(keys, shown):
+    nodes, places = folded([ord(key) for key in keys])
+    assert nodes == shown
+    assert [keys[place.step] for place in places] == list(keys)
+
+
+def test_rich_prints_the_same_text():
+    rich = pytest.importorskip("rich.console")
+    report = hs.explain(residual)(RESIDUAL, array(5, 6))
+    file = io.StringIO()
+    rich.Console(file=file, width=120).print(report)
+    assert file.getvalue().rstrip() == str(report)
+
+
+# Nothing is run
+
+
+def test_nothing_is_run():
+    def loss(w, x):
+        jax.debug.callback(called.append, x)
+        return jnp.sum(jnp.tanh(x @ w) ** 2) + jax.pure_callback(
+            called.append, Struct((), x.dtype), x
+        )
+
+    called = []
+    hs.explain(loss)(jnp.ones((3, 2)), jnp.ones((5, 3)))
+    hs.explain(loss)(array(10**6, 10**6), array(10**6, 10**6))
+    jax.effects_barrier()
+    assert called == []
+
+
+def test_errors_are_those_of_hesscale():
+    with pytest.raises(ValueError, match="curvature"):
+        hs.explain(residual, curvature="fisher")
+    with pytest.raises(TypeError, match="floating-point"):
+        hs.explain(jnp.sum)(Struct((3,), jnp.int32))
+    with pytest.raises(TypeError, match="scalar"):
+        hs.explain(jnp.sin)(array(3))
