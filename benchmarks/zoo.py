@@ -70,7 +70,8 @@ def nnx_model(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def loss(params: Params, rest: Any, *batch: Any) -> jax.Array:
-        return objective(nnx.merge(graphdef, params, rest), *batch)
+        # A copy, whose running statistics may be renewed within a trace.
+        return objective(nnx.merge(graphdef, params, rest, copy=True), *batch)
 
     def initialise(key: jax.Array) -> tuple[Params, tuple[Any, ...]]:
         params, rest = nnx.state(build(nnx.Rngs(key)), nnx.Param, ...)
@@ -162,7 +163,7 @@ def resnet_batch_norm(*, train: bool) -> Model:
     def build(rngs: nnx.Rngs) -> nnx.Module:
         model = ResNet(functools.partial(nnx.BatchNorm, momentum=0.0), rngs)
         model.train()
-        model(rngs.normal((8, *IMAGE)))
+        model(rngs.normal((8, *IMAGE), jnp.float32))
         model.set_attributes(use_running_average=not train)
         return model
 
