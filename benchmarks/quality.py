@@ -43,7 +43,11 @@ import hesscale_jax as hs
 WHOLE = "whole diagonal"
 EXACT = "exact"
 HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
-BATCH = 16  # Hessian-vector products at a time
+COLUMNS = (
+    *HESSCALE,
+    *(f"Hutchinson {count}" for count in (1, 8, 50)),
+    *("exact GGN", "grad squared", "zero"),
+)
 
 Errors = dict[str, float | str]  # by method; in place of an error, why there is none
 Diagonals = dict[str, Params]
@@ -97,9 +101,7 @@ def for_each_coordinate(
     """What `entries` returns of each unit vector, each as a tree like the parameters."""
     flat, unravel = ravel_pytree(params)
     units = jnp.arange(flat.size)
-    found = jax.lax.map(
-        lambda i: entries(unravel(jnp.zeros_like(flat).at[i].set(1.0))), units, batch_size=BATCH
-    )
+    found = jax.lax.map(lambda i: entries(unravel(jnp.zeros_like(flat).at[i].set(1.0))), units)
     return list(map(unravel, found))
 
 
@@ -112,7 +114,7 @@ def by_sampling(
         _, (_, estimate) = value_and_hutchinson(loss)(key, *args)
         return estimate
 
-    samples = jax.lax.map(sample, jax.random.split(key, max(counts)), batch_size=BATCH)
+    samples = jax.lax.map(sample, jax.random.split(key, max(counts)))
     return {
         f"Hutchinson {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
         for count in counts
@@ -171,9 +173,8 @@ def measure(
         draws.append(jax.device_get(errors(jax.random.key(seed), params, *batch)))
         advance()
 
-    # A dictionary of its own, since JAX sorts the keys.
-    columns = [*HESSCALE, *(name for name in draws[0] if name not in HESSCALE)]
     means = {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
+    columns = [name for name in COLUMNS if name in means or name in raised]
     return {
         part: {name: raised.get(name) or float(means[name][index]) for name in columns}
         for index, part in enumerate([WHOLE, *parameter_names(params)])
@@ -211,6 +212,7 @@ def main() -> None:
     seeds = options.seeds or (3 if options.models else 10)
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
     names = [
         name
         for name in (ZOO if options.models else QUALITY_TASKS)
