@@ -280,7 +280,7 @@ class GPT(nnx.Module):
 
         self.token, self.position = embedding(VOCABULARY), embedding(LENGTH)
         if scan:
-            self.layers = nnx.vmap(TransformerLayer)(rngs.fork(split=LAYERS))
+            self.layers = nnx.vmap(TransformerLayer)(rngs.split(LAYERS))
         else:
             self.layers = nnx.List(TransformerLayer(rngs) for _ in range(LAYERS))
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
