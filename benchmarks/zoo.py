@@ -678,7 +678,7 @@ def haiku_cnn() -> Model:
     def forward(x: jax.Array) -> jax.Array:
         x = jax.nn.relu(hk.Conv2D(6, 3)(x))
         x = hk.LayerNorm(axis=-1, create_scale=True, create_offset=True)(hk.Conv2D(8, 3, 2)(x))
-        x = hk.avg_pool(jax.nn.relu(x), 2, 2, "VALID")
+        x = hk.avg_pool(jax.nn.relu(x), (2, 2, 1), (2, 2, 1), "VALID")
         return hk.Linear(CLASSES)(hk.Flatten()(x))
 
     network = hk.without_apply_rng(hk.transform(forward))
