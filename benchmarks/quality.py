@@ -43,6 +43,7 @@ import hesscale_jax as hs
 WHOLE = "whole diagonal"
 EXACT = "exact"
 HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
+BATCH = 32  # coordinates at a time
 COLUMNS = (
     *HESSCALE,
     *(f"Hutchinson {count}" for count in (1, 8, 50)),
@@ -100,9 +101,14 @@ def for_each_coordinate(
 ) -> list[Params]:
     """What `entries` returns of each unit vector, each as a tree like the parameters."""
     flat, unravel = ravel_pytree(params)
-    units = jnp.arange(flat.size)
-    found = jax.lax.map(lambda i: entries(unravel(jnp.zeros_like(flat).at[i].set(1.0))), units)
-    return list(map(unravel, found))
+
+    def at(index: jax.Array) -> tuple[jax.Array, ...]:
+        return entries(unravel(jnp.zeros_like(flat).at[index].set(1.0)))
+
+    # Whole batches: a smaller one at the end would be compiled as another program.
+    indices = jnp.arange(flat.size + -flat.size % BATCH)
+    found = jax.lax.map(at, indices, batch_size=BATCH)
+    return [unravel(values[: flat.size]) for values in found]
 
 
 def by_sampling(
@@ -114,7 +120,7 @@ def by_sampling(
         _, (_, estimate) = value_and_hutchinson(loss)(key, *args)
         return estimate
 
-    samples = jax.lax.map(sample, jax.random.split(key, max(counts)))
+    samples = jax.vmap(sample)(jax.random.split(key, max(counts)))
     return {
         f"Hutchinson {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
         for count in counts
