@@ -89,7 +89,7 @@ def test_control_flow_makes_no_difference(name):
 
 
 def test_bfloat16():
-    task = gpt_task(4, vocabulary=30, length=16, width=32, heads=4, layers=2)
+    task = gpt_task(4, vocabulary=30, length=16, width=32, heads=4, layers=1)
     params, batch = task.draw(0, jnp.bfloat16)
     diagonal = jax.jit(hs.hesscale(task.loss))
     _, received = diagonal(params, *batch)
