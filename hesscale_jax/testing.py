@@ -121,8 +121,8 @@ def check_hesscale(
       AssertionError: The gradient is not that of ``jax.grad``: an entry is off by more than
         ``sqrt(eps)`` of the largest entry of its array, or of 0.01 of the largest of all.
       TypeError: The gradient has no forward derivative in JAX: the forward rule of a
-        ``jax.custom_vjp`` calls the function itself, say. So do the errors of
-        :func:`hesscale_jax.hesscale` come through.
+        ``jax.custom_vjp`` calls the function itself, say.
+      UnsupportedPrimitiveError: As from :func:`hesscale_jax.hesscale`.
       ValueError: ``num_coordinates`` is less than 1.
 
     Examples:
