@@ -1,39 +1,57 @@
 """How close HesScale comes to the exact diagonal of the Hessian, and its alternatives do.
 
-For small models with random parameters and a random batch of 8, in float64, the error of an
-estimate is `sum |estimate - exact| / sum |exact|` over all parameters, averaged over seeds.
-Estimating zero has error 1. Columns:
+For small models with random parameters and a random batch, in float64, the error of an estimate is
+`sum |estimate - exact| / sum |exact|` over all parameters, averaged over seeds. Estimating zero has
+error 1. The models are classifiers of random inputs (`models.py`), or with `--models` whole models
+as they are found in the field (`zoo.py`). Columns:
 
     HesScale, HesScaleGN     this library, `curvature="hessian"` and `"gauss_newton"`
-    Hutchinson 1, 50         mean of 1 or 50 samples `z * (H z)`, z random signs
+    Hutchinson 1, 8, 50      mean of so many samples `z * (H z)`, z random signs
     exact GGN                diagonal of the generalised Gauss-Newton matrix, without approximation
     grad squared             the square of the batch's gradient, as in Adam
     zero
 
+A model with a primitive that has no rule is in the table as `raises: <primitive>`, and the exit
+status is 1.
+
     python benchmarks/quality.py
-    python benchmarks/quality.py --models GPT residual --seeds 3 --per-layer --output quality.md
+    python benchmarks/quality.py --only GPT residual --seeds 3 --per-layer --output quality.md
+    python benchmarks/quality.py --models --only GPT
 """
 
 import argparse
+import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import optax
 from hutchinson import value_and_hutchinson
 from jax.flatten_util import ravel_pytree
 from models import QUALITY_TASKS, Params, Task, cross_entropy
 from rich.progress import Progress
 from table import Table, console, output_path, write
+from zoo import ZOO, Model
 
 import hesscale_jax as hs
 
 WHOLE = "whole diagonal"
-SAMPLES = 50
+EXACT = "exact"
+HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
+BATCH = 32  # coordinates at a time
+COLUMNS = (
+    *HESSCALE,
+    *(f"Hutchinson {count}" for count in (1, 8, 50)),
+    *("exact GGN", "grad squared", "zero"),
+)
+
+Errors = dict[str, float | str]  # by method; in place of an error, why there is none
+Diagonals = dict[str, Params]
 
 
 def second_derivatives(fun: Callable[[Any], jax.Array], at: Any, along: Any) -> tuple[Any, ...]:
@@ -46,50 +64,73 @@ def second_derivatives(fun: Callable[[Any], jax.Array], at: Any, along: Any) -> 
     return value, slope, bend
 
 
-def exact_diagonals(
-    task: Task, params: Params, inputs: jax.Array, labels: jax.Array
-) -> tuple[Params, Params]:
+def exact_diagonals(task: Task, params: Params, inputs: jax.Array, labels: jax.Array) -> Diagonals:
     """Of the Hessian, and of the generalised Gauss-Newton matrix, one coordinate after another.
 
     With logits `z(p)` and loss `L(z)`, along a coordinate: `d2L/dp2 = L'' (dz/dp)^2 + L' d2z/dp2`,
     whose first term is the Gauss-Newton matrix's.
     """
-    flat, unravel = ravel_pytree(params)
 
     def loss(logits: jax.Array) -> jax.Array:
         return cross_entropy(logits, labels)
 
-    def entries(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        coordinate = unravel(jnp.zeros_like(flat).at[index].set(1.0))
+    def entries(coordinate: Params) -> tuple[jax.Array, jax.Array]:
         logits, slope, bend = second_derivatives(
             lambda p: task.predict(p, inputs), params, coordinate
         )
         *_, gauss_newton = second_derivatives(loss, logits, slope)
         return gauss_newton + jnp.vdot(jax.grad(loss)(logits), bend), gauss_newton
 
-    hessian, gauss_newton = jax.lax.map(entries, jnp.arange(flat.size))
-    return unravel(hessian), unravel(gauss_newton)
+    hessian, gauss_newton = for_each_coordinate(entries, params)
+    return {EXACT: hessian, "exact GGN": gauss_newton}
 
 
-def estimates(
-    task: Task, key: jax.Array, params: Params, inputs: jax.Array, labels: jax.Array
-) -> dict[str, Params]:
-    """The diagonal by every method whose cost does not grow with the number of parameters."""
-    args = params, inputs, labels
+def exact_diagonal(loss: Callable[..., jax.Array], params: Params, *batch: Any) -> Diagonals:
+    """Of the Hessian, by Hessian-vector products."""
+
+    def entry(coordinate: Params) -> tuple[jax.Array]:
+        _, column = jax.jvp(lambda p: jax.grad(loss)(p, *batch), (params,), (coordinate,))
+        return (optax.tree.vdot(coordinate, column),)
+
+    (hessian,) = for_each_coordinate(entry, params)
+    return {EXACT: hessian}
+
+
+def for_each_coordinate(
+    entries: Callable[[Params], tuple[jax.Array, ...]], params: Params
+) -> list[Params]:
+    """What `entries` returns of each unit vector, each as a tree like the parameters."""
+    flat, unravel = ravel_pytree(params)
+
+    def at(index: jax.Array) -> tuple[jax.Array, ...]:
+        return entries(unravel(jnp.zeros_like(flat).at[index].set(1.0)))
+
+    # Whole batches: a smaller one at the end would be compiled as another program.
+    indices = jnp.arange(flat.size + -flat.size % BATCH)
+    found = jax.lax.map(at, indices, batch_size=BATCH)
+    return [unravel(values[: flat.size]) for values in found]
+
+
+def by_sampling(
+    loss: Callable[..., jax.Array], counts: Sequence[int], key: jax.Array, *args: Any
+) -> Diagonals:
+    """Hutchinson's estimate, with each number of samples."""
 
     def sample(key: jax.Array) -> Params:
-        _, (_, estimate) = value_and_hutchinson(task.loss)(key, *args)
+        _, (_, estimate) = value_and_hutchinson(loss)(key, *args)
         return estimate
 
-    samples = jax.lax.map(sample, jax.random.split(key, SAMPLES))
-    grad, hesscale = hs.hesscale(task.loss)(*args)
-    _, hesscale_gn = hs.hesscale(task.loss, curvature="gauss_newton")(*args)
+    samples = jax.vmap(sample)(jax.random.split(key, max(counts)))
     return {
-        "HesScale": hesscale,
-        "HesScaleGN": hesscale_gn,
-        "Hutchinson 1": jax.tree.map(lambda s: s[0], samples),
-        f"Hutchinson {SAMPLES}": jax.tree.map(lambda s: s.mean(axis=0), samples),
-        "grad squared": jax.tree.map(jnp.square, grad),
+        f"Hutchinson {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
+        for count in counts
+    }
+
+
+def by_gradient(loss: Callable[..., jax.Array], params: Params, *batch: Any) -> Diagonals:
+    """What costs no more than a gradient."""
+    return {
+        "grad squared": jax.tree.map(jnp.square, jax.grad(loss)(params, *batch)),
         "zero": jax.tree.map(jnp.zeros_like, params),
     }
 
@@ -100,43 +141,67 @@ def absolute_sums(tree: Params) -> jax.Array:
     return jnp.concatenate([sums.sum(keepdims=True), sums])
 
 
-def measure(task: Task, seeds: int, advance: Callable[[], None]) -> dict[str, dict[str, float]]:
+def measure(
+    subject: Task | Model,
+    exact: Callable[..., Diagonals],
+    counts: Sequence[int],
+    seeds: int,
+    advance: Callable[[], None],
+) -> dict[str, Errors]:
     """The mean errors over the seeds: of the whole diagonal and of each parameter, by method."""
+    params, batch = subject.draw(0, jnp.float64)
+    methods, raised = {}, {}
+    for name, curvature in HESSCALE.items():
+        method = hs.hesscale(subject.loss, curvature=curvature)
+        try:
+            jax.eval_shape(method, params, *batch)
+        except hs.UnsupportedPrimitiveError as error:
+            raised[name] = f"raises: {error.primitive}"
+        else:
+            methods[name] = method
 
     @jax.jit
-    def errors(key: jax.Array, params: Params, *batch: jax.Array) -> dict[str, jax.Array]:
-        exact, gauss_newton = exact_diagonals(task, params, *batch)
-        by_method = estimates(task, key, params, *batch) | {"exact GGN": gauss_newton}
+    def errors(key: jax.Array, *args: Any) -> dict[str, jax.Array]:
+        by_method = {name: method(*args)[1] for name, method in methods.items()}
+        by_method |= by_sampling(subject.loss, counts, key, *args)
+        by_method |= exact(*args)
+        by_method |= by_gradient(subject.loss, *args)
+        hessian = by_method.pop(EXACT)
         return {
-            name: absolute_sums(jax.tree.map(jnp.subtract, estimate, exact)) / absolute_sums(exact)
+            name: absolute_sums(jax.tree.map(jnp.subtract, estimate, hessian))
+            / absolute_sums(hessian)
             for name, estimate in by_method.items()
         }
 
     draws = []
     for seed in range(seeds):
-        params, batch = task.draw(seed, jnp.float64)
+        params, batch = subject.draw(seed, jnp.float64)
         draws.append(jax.device_get(errors(jax.random.key(seed), params, *batch)))
         advance()
 
-    means = jax.tree.map(lambda *draw: np.mean(draw, axis=0).tolist(), *draws)
+    means = {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
+    columns = [name for name in COLUMNS if name in means or name in raised]
     return {
-        part: {method: mean[index] for method, mean in means.items()}
+        part: {name: raised.get(name) or float(means[name][index]) for name in columns}
         for index, part in enumerate([WHOLE, *parameter_names(params)])
     }
 
 
 def parameter_names(params: Params) -> list[str]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    return [name.removesuffix(".value") for name in names]  # of a variable of Flax
 
 
-def rounded(error: float) -> str:
+def cell(error: float | str) -> str:
+    if isinstance(error, str):
+        return error
     return "0" if error < 1e-12 else f"{error:.2g}"
 
 
-def table(title: str, results: dict[str, dict[str, float]]) -> Table:
+def table(title: str, results: dict[str, Errors]) -> Table:
     columns = next(iter(results.values()))
-    rows = [[name, *map(rounded, errors.values())] for name, errors in results.items()]
+    rows = [[name, *map(cell, errors.values())] for name, errors in results.items()]
     return Table(title, ["", *columns], rows)
 
 
@@ -144,26 +209,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=[""], help="rows whose name contains one")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--models", action="store_true", help="whole models")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one")
+    parser.add_argument("--seeds", type=int, help="10, or 3 of whole models")
     parser.add_argument("--per-layer", action="store_true", help="a table per model, by parameter")
     parser.add_argument("--output", type=output_path, help="a .md or .json file to write")
     options = parser.parse_args()
+    seeds = options.seeds or (3 if options.models else 10)
 
     jax.config.update("jax_enable_x64", True)
-    tasks = {
-        name: task
-        for name, task in QUALITY_TASKS.items()
-        if any(part in name for part in options.models)
-    }
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+    names = [
+        name
+        for name in (ZOO if options.models else QUALITY_TASKS)
+        if any(part in name for part in options.only)
+    ]
     with Progress(console=console) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = progress.add_task("models x seeds", total=len(tasks) * options.seeds)
-        measured = pool.map(
-            lambda task: measure(task, options.seeds, lambda: progress.advance(bar)), tasks.values()
-        )
-        results = dict(zip(tasks, measured, strict=True))
+        bar = progress.add_task("models x seeds", total=len(names) * seeds)
 
-    title = f"Relative L1 error of the Hessian diagonal, mean of {options.seeds} seeds"
+        def measured(name: str) -> dict[str, Errors]:
+            if options.models:
+                subject = ZOO[name]()
+                exact, counts = functools.partial(exact_diagonal, subject.loss), (1, 8, 50)
+            else:
+                subject = QUALITY_TASKS[name]
+                exact, counts = functools.partial(exact_diagonals, subject), (1, 50)
+            return measure(subject, exact, counts, seeds, lambda: progress.advance(bar))
+
+        results = dict(zip(names, pool.map(measured, names), strict=True))
+
+    title = f"Relative L1 error of the Hessian diagonal, mean of {seeds} seeds"
     tables = [table(title, {name: errors[WHOLE] for name, errors in results.items()})]
     if options.per_layer:
         tables += [table(name, errors) for name, errors in results.items()]
@@ -171,6 +246,10 @@ def main() -> None:
         t.show()
     if options.output:
         write(options.output, tables, results)
+    if any(
+        isinstance(error, str) for errors in results.values() for error in errors[WHOLE].values()
+    ):
+        sys.exit("A model was not measured: a primitive has no rule.")
 
 
 if __name__ == "__main__":

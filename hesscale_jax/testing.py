@@ -1,12 +1,15 @@
-"""Oracles, for whoever adds a rule: dense algebra next to what the library computes.
+"""Oracles: exact derivatives next to what the library computes.
 
-For a function ``y = f(x)`` that is one rule, or one block, with dense Jacobian ``J`` and second
-derivatives ``H``, and random cotangents ``g`` of the shift and ``h`` of the spread,
+:func:`check_hesscale` is for whoever has a model: it compares the diagonal with exact entries of
+the Hessian's. :func:`check_rule` is for whoever adds a rule: for a function ``y = f(x)`` that is
+one rule, or one block, with dense Jacobian ``J`` and second derivatives ``H``, and random
+cotangents ``g`` of the shift and ``h`` of the spread,
 
     grad = J^T g,   hess_diag = (J*J)^T h + sum_j g_j H_jii
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +19,246 @@ import numpy as np
 from hesscale_jax import _jaxpr
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
-from hesscale_jax.transform import transposed
+from hesscale_jax.transform import _positions, hesscale, transposed
 
-__all__ = ["check_rule"]
+__all__ = ["Agreement", "Report", "check_hesscale", "check_rule"]
+
+# How many Hessian-vector products are computed at a time.
+BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How well an estimate of the Hessian's diagonal agrees with exact entries.
+
+    Attributes:
+      path: Where the parameter stands in the differentiated argument, as in ``layers.0.kernel``.
+      size: How many entries it has.
+      compared: How many of them were compared.
+      error: Relative L1 error, ``sum |estimate - exact| / sum |exact|``: 1 for an estimate of zero.
+        It is 0 where there is no difference, and infinite where only the exact entries are all 0.
+      sign_agreement: The fraction of entries with the same sign; 0 agrees with 0 alone.
+      rank_correlation: Spearman's: 1 if the estimate orders the entries as the exact ones are. NaN
+        where there is no order: one entry, or all of the estimate or of the exact entries equal.
+    """
+
+    path: str
+    size: int
+    compared: int
+    error: float
+    sign_agreement: float
+    rank_correlation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What :func:`check_hesscale` finds. It prints as a table.
+
+    Attributes:
+      leaves: The agreement of each parameter.
+      total: The agreement of the whole. Its error and sign agreement estimate those of the whole
+        diagonal: a parameter counts by its size, however many of its entries were compared. Its
+        rank correlation is that of all compared entries together.
+    """
+
+    leaves: tuple[Agreement, ...]
+    total: Agreement
+
+    def __str__(self) -> str:
+        """A table: a line for each parameter, the total last."""
+        header = ["", "size", "compared", "error", "sign", "rank"]
+        rows = [
+            [
+                row.path,
+                f"{row.size}",
+                f"{row.compared}",
+                f"{row.error:.3f}",
+                f"{row.sign_agreement:.2f}",
+                f"{row.rank_correlation:.2f}",
+            ]
+            for row in (*self.leaves, self.total)
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        return "\n".join(
+            "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+            for name, *cells in (header, *rows)
+        )
+
+
+def check_hesscale(
+    fun: Callable[..., Any],
+    *args: Any,
+    key: Any,
+    num_coordinates: int = 256,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    curvature: str = "hessian",
+    rules: Mapping[Any, Any] = RULES,
+) -> Report:
+    """How good the diagonal is on a model of yours, by exact entries of the Hessian.
+
+    Entry ``i`` of the Hessian's diagonal is ``e_i^T H e_i``, a Hessian-vector product that costs a
+    few gradients. At most ``num_coordinates`` are computed for every array of parameters, a few at
+    a time, so a small batch is advisable. The gradient is compared with that of ``jax.grad``, too.
+    Everything is compiled, with matrix products in the highest precision.
+
+    Args:
+      fun: The loss, as for :func:`hesscale_jax.hesscale`.
+      *args: Its arguments; in float64, rounding plays no part.
+      key: A ``jax.random.key``, to choose the entries by.
+      num_coordinates: How many entries to compare of each array of parameters, chosen at random; of
+        an array that has no more, all. It is a number for each, so that small arrays are known as
+        well as large ones.
+      argnums: As for :func:`hesscale_jax.hesscale`.
+      has_aux: As for :func:`hesscale_jax.hesscale`.
+      curvature: The estimate to compare: ``"gauss_newton"`` is compared with the Hessian as well.
+      rules: The rule of each primitive.
+
+    Returns:
+      A :class:`Report`: the :class:`Agreement` of each array of parameters, and of all together.
+
+    Raises:
+      AssertionError: The gradient is not that of ``jax.grad``: an entry is off by more than
+        ``sqrt(eps)`` of the largest entry of its array, or of 0.01 of the largest of all.
+      TypeError: The gradient has no forward derivative in JAX: the forward rule of a
+        ``jax.custom_vjp`` calls the function itself, say.
+      UnsupportedPrimitiveError: As from :func:`hesscale_jax.hesscale`.
+      ValueError: ``num_coordinates`` is less than 1.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from hesscale_jax.testing import check_hesscale
+      >>> def loss(params, x):
+      ...     hidden = jax.nn.gelu(jax.nn.gelu(x @ params["first"]) @ params["second"])
+      ...     return jnp.mean(jnp.square(hidden @ params["out"]))
+      >>> keys = jax.random.split(jax.random.key(1), 4)
+      >>> draw = jax.nn.initializers.lecun_normal(dtype=jnp.float32)
+      >>> params = {
+      ...     "first": draw(keys[0], (8, 10)),
+      ...     "second": draw(keys[1], (10, 6)),
+      ...     "out": draw(keys[2], (6, 3)),
+      ... }
+      >>> x = jax.random.normal(keys[3], (20, 8), jnp.float32)
+      >>> print(check_hesscale(loss, params, x, key=jax.random.key(0), num_coordinates=50))
+              size  compared  error  sign  rank
+      first     80        50  0.220  0.96  0.98
+      out       18        18  0.000  1.00  1.00
+      second    60        50  0.000  1.00  1.00
+      total    158       118  0.104  0.98  0.99
+    """
+    if num_coordinates < 1:
+        raise ValueError(f"num_coordinates must be at least 1, got {num_coordinates}")
+    positions = _positions(argnums, len(args))
+    differentiated = [args[i] for i in positions]
+    leaves, tree = jax.tree.flatten(differentiated)
+    paths = _paths(differentiated[0] if isinstance(argnums, int) else differentiated)
+
+    def loss(leaves: Any) -> Any:
+        replaced = list(args)
+        for i, arg in zip(positions, jax.tree.unflatten(tree, leaves), strict=True):
+            replaced[i] = arg
+        result = fun(*replaced)
+        return result[0] if has_aux else result
+
+    with jax.default_matmul_precision("highest"):
+        grads, diagonal = jax.jit(hesscale(loss, curvature=curvature, rules=rules))(leaves)
+        _assert_gradients_close(paths, grads, jax.jit(jax.grad(loss))(leaves))
+        sizes = [h.size for h in diagonal]
+        chosen = _choose(key, sizes, num_coordinates)
+        exact = _exact_entries(loss, leaves, chosen)
+
+    estimates = [
+        np.asarray(h, np.float64).ravel()[at] for h, at in zip(diagonal, chosen, strict=True)
+    ]
+    # How many entries of its array each of the compared ones stands for.
+    weights = [np.full(len(at), n / max(len(at), 1)) for n, at in zip(sizes, chosen, strict=True)]
+    return Report(
+        tuple(map(_agreement, paths, sizes, estimates, exact, weights)),
+        _agreement("total", sum(sizes), *map(np.concatenate, (estimates, exact, weights))),
+    )
+
+
+def _paths(tree: Any) -> list[str]:
+    """Where each leaf stands, without the ``value`` in which a variable of Flax NNX holds it."""
+    value = (jax.tree_util.GetAttrKey("value"),)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    stripped = [path[:-1] if path[-1:] == value else path for path in paths]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in stripped]
+
+
+def _assert_gradients_close(
+    paths: Sequence[str], received: Sequence[Any], expected: Sequence[Any]
+) -> None:
+    largest = [float(np.max(np.abs(grad), initial=0)) for grad in expected]
+    for path, r, e, scale in zip(paths, received, expected, largest, strict=True):
+        # Where a gradient is zero but for rounding, only the others tell how much that is.
+        atol = float(jnp.finfo(e.dtype).eps) ** 0.5 * max(scale, 0.01 * max(largest))
+        r, e = (np.asarray(grad, np.float64) for grad in (r, e))
+        np.testing.assert_allclose(r, e, rtol=0, atol=atol, err_msg=f"gradient in {path}")
+
+
+def _choose(key: Any, sizes: Sequence[int], count: int) -> list[np.ndarray]:
+    """Positions in each flattened array: ``count`` of them, or all where there are no more."""
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    return [
+        np.arange(n) if n <= count else generator.choice(n, count, replace=False) for n in sizes
+    ]
+
+
+def _exact_entries(
+    loss: Callable[..., Any], leaves: Sequence[Any], chosen: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """``e_i^T H e_i`` at the chosen positions ``i`` of each array."""
+
+    def entry(leaves: Sequence[Any], number: Any, position: Any) -> Any:
+        units = [
+            ((jnp.arange(leaf.size) == position) & (number == n)).reshape(leaf.shape)
+            for n, leaf in enumerate(leaves)
+        ]
+        along = [unit.astype(leaf.dtype) for unit, leaf in zip(units, leaves, strict=True)]
+        _, column = jax.jvp(jax.grad(loss), (leaves,), (along,))
+        return sum(
+            jnp.sum(part, where=unit, dtype=float) for part, unit in zip(column, units, strict=True)
+        )
+
+    @jax.jit
+    def entries(leaves: Sequence[Any], coordinates: tuple[Any, Any]) -> Any:
+        return jax.lax.map(lambda at: entry(leaves, *at), coordinates, batch_size=BATCH)
+
+    counts = [len(at) for at in chosen]
+    numbers, positions = np.repeat(np.arange(len(counts)), counts), np.concatenate(chosen)
+    # Whole batches: a smaller one at the end would be compiled as another program.
+    coordinates = tuple(np.pad(x, (0, -len(x) % BATCH)) for x in (numbers, positions))
+    exact = entries(list(map(jnp.asarray, leaves)), coordinates)
+    return np.split(np.asarray(exact[: len(numbers)], np.float64), np.cumsum(counts)[:-1])
+
+
+def _agreement(
+    path: str, size: int, estimate: np.ndarray, exact: np.ndarray, weights: np.ndarray
+) -> Agreement:
+    difference, magnitude = weights @ np.abs(estimate - exact), weights @ np.abs(exact)
+    same_sign = weights @ (np.sign(estimate) == np.sign(exact))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Agreement(
+            path=path,
+            size=size,
+            compared=len(exact),
+            error=float(difference / magnitude) if difference else 0.0,
+            sign_agreement=float(same_sign / weights.sum()),
+            rank_correlation=_correlation(_ranks(estimate), _ranks(exact)),
+        )
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.sum() / x.size, y - y.sum() / y.size
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Where each entry stands in sorted order; equal entries share the mean."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def check_rule(
