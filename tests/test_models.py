@@ -20,25 +20,10 @@ from zoo import ZOO  # noqa: E402
 # Equal up to control flow, and compared with one another.
 GPTS = "GPT, scanned", "GPT, rematerialised", "GPT, scanned and rematerialised"
 RECURRENT = "LSTM", "GRU", "LSTM, Linen", "GRU, Linen"
-# What has no rule yet.
-UNSUPPORTED = {
-    "scan": ("GPT, scanned", "GPT, scanned and rematerialised", *RECURRENT),
-    "remat2": ("GPT, rematerialised",),
-    "custom_vjp_call": ("MLP, custom_vjp",),
-    "cond": ("MLP, stochastic depth",),
-}
-
-
 @pytest.fixture(autouse=True)
 def as_users_have_it():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-def models(names):
-    raises = {name for group in UNSUPPORTED.values() for name in group}
-    mark = pytest.mark.xfail(raises=hs.UnsupportedPrimitiveError)
-    return [pytest.param(name, marks=mark if name in raises else ()) for name in names]
 
 
 def assert_trees_close(received, expected, rtol):
@@ -52,7 +37,7 @@ def assert_trees_close(received, expected, rtol):
         np.testing.assert_allclose(r, e, rtol=0, atol=rtol * largest)
 
 
-@pytest.mark.parametrize("name", models(name for name in ZOO if name not in GPTS))
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in GPTS])
 def test_gradient_is_that_of_jax_and_the_diagonal_finite(name):
     model = ZOO[name]()
     params, batch = model.draw(0, jnp.float64)
@@ -73,7 +58,7 @@ def stacked(state):
     return nnx.State(dict(state) | {"layers": layers})
 
 
-@pytest.mark.parametrize("name", models(GPTS))
+@pytest.mark.parametrize("name", GPTS)
 def test_control_flow_makes_no_difference(name):
     looped, other = ZOO["GPT"](), ZOO[name]()
     params, batch = looped.draw(0, jnp.float64)
