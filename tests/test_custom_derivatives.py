@@ -116,6 +116,18 @@ def test_straight_through_has_a_gradient():
     assert_close(hess_diag, jnp.zeros_like(W))
 
 
+def test_operands_of_other_shapes():
+    """Entry by entry in one operand; the other, of the same rank, is not read."""
+    act = with_jvp(lambda x, unused: jnp.tanh(x))
+
+    def loss(x, w):
+        return (act(x[1:], w) ** 2).sum() + (w**2).sum()
+
+    received = hs.hesscale(loss, (0, 1))(X, W)
+    expected = hs.hesscale(lambda x, w: (jnp.tanh(x[1:]) ** 2).sum() + (w**2).sum(), (0, 1))(X, W)
+    assert_close(received, expected)
+
+
 def test_in_loops_and_under_transformations():
     norm = with_vjp(lambda x: normalised(x, -1))
 

@@ -20,6 +20,8 @@ from zoo import ZOO  # noqa: E402
 # Equal up to control flow, and compared with one another.
 GPTS = "GPT, scanned", "GPT, rematerialised", "GPT, scanned and rematerialised"
 RECURRENT = "LSTM", "GRU", "LSTM, Linen", "GRU, Linen"
+
+
 @pytest.fixture(autouse=True)
 def as_users_have_it():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -91,10 +91,13 @@ def _is_pointwise(eqn: Equation, find: Find) -> bool:
         if not (isinstance(find(inner), Pointwise | PiecewiseConstant) or from_scalars):
             return False
         moving.update(inner.outputs)
-    return all(
-        v.shape in ((), shape) or len(v.shape) == len(shape)
-        for v in eqn.inputs
-        if isinstance(v, Value)
+    return all(_broadcasts(v.shape, shape) for v in eqn.inputs if isinstance(v, Value))
+
+
+def _broadcasts(operand: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an operand has an entry for each of the result's, at size 1 the same for several."""
+    return operand == () or (
+        len(operand) == len(shape) and all(n in (1, m) for n, m in zip(operand, shape, strict=True))
     )
 
 
