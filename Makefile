@@ -39,7 +39,7 @@ benchmark-quality: $(VENV)/.installed-benchmarks ## Measure the error against th
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 clean: ## Remove environments, caches and builds
-	rm -rf $(VENV) .venv-next .hypothesis .mypy_cache .pytest_cache .ruff_cache dist site
+	rm -rf $(VENV) .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, renewed when pyproject.toml changes.
