@@ -199,11 +199,14 @@ def is_inexact(value: Value) -> bool:
 # Flattening
 
 
-def flatten(closed: core.ClosedJaxpr) -> Program:
-    """Write out nested calls, merge equal equations, drop what no output needs."""
+def flatten(closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = ()) -> Program:
+    """Write out nested calls, merge equal equations, drop what no output needs.
+
+    The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first.
+    """
     builder = _Builder()
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    outputs = builder.inline(closed, inputs)
+    outputs = builder.inline(closed, inputs, callers)
     return Program(inputs, _needed(builder.equations, outputs), outputs)
 
 
@@ -390,9 +393,9 @@ def structure(jaxpr: Any) -> tuple[Any, ...]:
 # Programs within equations
 
 
-def body(jaxpr: Any) -> Body:
+def body(jaxpr: Any, eqn: Equation) -> Body:
     """A body that takes the operands of its equation in order."""
-    program = flatten(_closed(jaxpr))
+    program = flatten(_closed(jaxpr), eqn.sources)
     return Body(program, range(len(program.inputs)))
 
 
@@ -401,20 +404,20 @@ def _bodies(eqn: Equation) -> Iterator[Body]:
     match eqn.name:
         case "scan":
             first, last = (group.start for group in scan_groups(eqn)[1:])
-            step = body(params["jaxpr"])
+            step = body(params["jaxpr"], eqn)
             yield Body(step.program, step.inputs, {i: first + i for i in range(last - first)})
         case "while":
             consts = params["cond_nconsts"]
-            step = body(params["body_jaxpr"])
+            step = body(params["body_jaxpr"], eqn)
             carry = {i: params["body_nconsts"] + i for i in range(len(eqn.outputs))}
             yield Body(step.program, [consts + i for i in step.inputs], carry)
         case "cond":
-            for branch in map(body, params["branches"]):
+            for branch in (body(jaxpr, eqn) for jaxpr in params["branches"]):
                 yield Body(branch.program, [1 + i for i in branch.inputs])
         case "custom_jvp_call" | "custom_vjp_call":
-            yield body(params["call_jaxpr"])
+            yield body(params["call_jaxpr"], eqn)
         case "shard_map":
-            yield body(params["jaxpr"])
+            yield body(params["jaxpr"], eqn)
 
 
 def scan_groups(eqn: Equation) -> tuple[range, range, range]:

@@ -219,7 +219,7 @@ class Recursion:
 
     def __call__(self, within: Any, operands: Sequence[Moments]) -> list[Moments]:
         """Push moments through a body of the equation, or a jaxpr with the same outputs."""
-        body = within if isinstance(within, Body) else _jaxpr.body(within)
+        body = within if isinstance(within, Body) else _jaxpr.body(within, self._eqn)
         walk, program = self._walk, body.program
         moving = _moving(program, operands)
         asked = self._loop(body).wanted

@@ -147,6 +147,14 @@ def test_locations_name_the_user_s_line():
     assert _jaxpr.location(inner[0]).startswith(__file__)
 
 
+def test_lines_in_bodies_are_those_of_the_call_where_there_is_no_other():
+    fun = jnp.linalg.slogdet
+    eqn = next(e for e in flatten(trace(lambda x: fun(x)[1], normal(2, 2))).equations if e.bodies)
+    inner = eqn.bodies[0].program.equations[0]
+    assert source_info_util.user_frame(inner.sources[0].source_info.traceback) is None
+    assert _jaxpr.location(inner).startswith(__file__)
+
+
 def test_lines_in_libraries_give_way_to_the_users():
     eqn = flatten(trace(lambda x: optax.l2_loss(x), 1.0)).equations[0]
     frame = source_info_util.user_frame(eqn.sources[0].source_info.traceback)
