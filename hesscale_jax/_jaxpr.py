@@ -217,6 +217,7 @@ class _Builder:
         self.equations: list[Equation] = []
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
+        self._transposed: dict[Value, Equation] = {}
 
     def inline(
         self,
@@ -243,17 +244,27 @@ class _Builder:
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             else:
+                params = eqn.params
+                if eqn.primitive.name == "dot_general":
+                    params, inputs = self._without_transposes(params, inputs)
                 sources = (eqn, *callers) if written else callers
-                results = self._append(eqn, inputs, sources, region)
+                results = self._append(eqn, params, inputs, sources, region)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _append(
-        self, eqn: Any, inputs: tuple[Any, ...], sources: Any, region: Region | None
+        self,
+        eqn: Any,
+        params: dict[str, Any],
+        inputs: tuple[Any, ...],
+        sources: Any,
+        region: Region | None,
     ) -> tuple[Value, ...]:
         alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
         outputs = tuple(Value(v.aval) for v in eqn.outvars)
-        new = Equation(eqn.primitive, eqn.params, inputs, outputs, sources, region)
+        new = Equation(eqn.primitive, params, inputs, outputs, sources, region)
+        if new.name == "transpose":
+            self._transposed[outputs[0]] = new
         if not eqn.effects:
             for old in alike:
                 if _same_parameters(old, new):
@@ -261,6 +272,24 @@ class _Builder:
             alike.append(new)
         self.equations.append(new)
         return new.outputs
+
+    def _without_transposes(
+        self, params: dict[str, Any], inputs: tuple[Any, ...]
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """A ``dot_general`` of what its operands are transposed from, as in ``x.T @ x``."""
+        numbers = [list(sides) for sides in params["dimension_numbers"]]
+        operands = list(inputs)
+        for side, operand in enumerate(inputs):
+            if isinstance(operand, Value) and operand in self._transposed:
+                eqn = self._transposed[operand]
+                axes = eqn.params["permutation"]
+                taken = {i for sides in numbers for i in sides[side]}
+                free = [axis for i, axis in enumerate(axes) if i not in taken]
+                if free == sorted(free):  # The result has them in this order.
+                    for sides in numbers:
+                        sides[side] = tuple(axes[i] for i in sides[side])
+                    operands[side] = eqn.inputs[0]
+        return params | {"dimension_numbers": tuple(map(tuple, numbers))}, tuple(operands)
 
     def _constant(self, value: Any) -> Constant:
         """One object per literal, so that equal operands are identical."""

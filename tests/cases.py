@@ -241,6 +241,10 @@ MULTILINEAR: dict[str, Case] = {
     "dot_general": (jnp.matmul, normal(3, 5), normal(5, 2, seed=1)),
     "dot_general, square": (jnp.matmul, normal(3, 3), normal(3, 3, seed=1)),
     "dot_general with a batch": (lambda x, w: jnp.einsum("bij,bkj->bik", x, w), normal(2, 3, 4), normal(2, 5, 4)),
+    "dot_general of a value with itself": (lambda x: x.T @ x, x),
+    "dot_general of a value with itself, with a batch": (lambda x: jnp.einsum("ibjk,iblk->bjl", x, x), normal(2, 3, 4, 2)),
+    "dot_general of a value with itself, two axes left": (lambda x: jnp.einsum("ijk,ilm->jklm", x, x), normal(3, 2, 4)),
+    "dot_general of transposed values": (lambda x, w: jnp.einsum("ij,kj->ki", x.T, w), normal(5, 3), normal(2, 5)),
     "dot_general over two axes": (lambda x, w: jnp.einsum("ijk,kjl->il", x, w), normal(2, 3, 4), normal(4, 3, 5)),
     "dot_general to another dtype": (
         lambda x, w: lax.dot(x.astype(jnp.float32), w.astype(jnp.float32), preferred_element_type=jnp.float64),

@@ -10,7 +10,7 @@ Jacobian ``J`` and second derivatives ``H``
 
 Loops, branches and functions with a derivative rule of their own do the same with the programs that
 they run; the entries of what a step of a loop hands to the next count as independent, as do the
-operands of one equation outside of blocks, also where a value stands twice.
+operands of one equation outside of blocks, also where a value stands twice, but for ``x^T x``.
 No rule of the library is used, nor its arithmetic inside blocks.
 """
 
@@ -105,7 +105,7 @@ def backward(
         add(value, x)
     for unit in reversed(units(steps)):
         made = [v for eqn in unit for v in eqn.outputs]
-        if unit[0] in steps.blocks:
+        if unit[0] in steps.blocks or is_gram(unit[0]):
             read = [v for eqn in unit for v in eqn.inputs if v in steps.active and v not in made]
             sources = list(dict.fromkeys(read))
             outputs = [v for v in made if v in came_back]
@@ -123,6 +123,15 @@ def backward(
         for value, x in zip(sources, found, strict=True):
             add(value, x)
     return [came_back.get(v, zero(v.shape)) for v in program.inputs]
+
+
+def is_gram(eqn: Equation) -> bool:
+    """Whether an equation is ``x^T x`` for one value."""
+    return (
+        eqn.name == "dot_general"
+        and eqn.inputs[0] is eqn.inputs[1]
+        and all(of_x == of_w for of_x, of_w in eqn.params["dimension_numbers"])
+    )
 
 
 def find_rule(eqn: Equation) -> Any:

@@ -53,6 +53,16 @@ def test_equal_equations_are_one():
     assert names(lambda x: (x + np.ones(3)) * (x + np.zeros(3)), normal(3)).count("add") == 2
 
 
+def test_products_take_transposed_operands_as_they_are():
+    assert names(lambda x: x.T @ x, normal(3, 2)) == ["dot_general"]
+    fun = lambda x, w: x.transpose(2, 0, 1) @ w  # noqa: E731
+    args = normal(4, 5, 3), normal(5, 2)
+    # The result has its free axes in the order of the transposed operand.
+    assert names(fun, normal(4, 5, 3), normal(5, 2)) == ["transpose", "dot_general"]
+    for f, xs in ((fun, args), (lambda x, w: x.T @ w.T, (normal(3, 2), normal(4, 3)))):
+        np.testing.assert_allclose(evaluate(f, *xs)[0], f(*xs), rtol=1e-14)
+
+
 def test_operands_that_only_compare_equal_are_not_merged():
     def fun(x):
         return jnp.arctan2(x, 0.0), jnp.arctan2(x, -0.0), jnp.arctan2(x, jnp.nan)

@@ -3,6 +3,7 @@
 dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
 
     The domain is every bilinear primitive that leaves each product of two entries in one output
     with a coefficient of 0 or 1: ``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``.
+    The factors count as independent, even if both are one value; a product ``x^T x`` is exact.
     """
     x, w, *sizes = operands
     rest = [size.primal for size in sizes]  # of the groups of a ragged product
@@ -43,16 +45,47 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
         y = _jaxpr.bind(eqn, a, b, *rest, **precise)
         return y if wide == result else lax.convert_element_type(y, result)
 
-    return [
-        Moments(
-            product(x.primal, w.primal),
-            total(product(x.shift, w.primal), product(x.primal, w.shift)),
-            total(
-                None if x.spread is None else spread(x.spread, square(w.primal)),
-                None if w.spread is None else spread(square(x.primal), w.spread),
-            ),
-        )
-    ]
+    y = Moments(
+        product(x.primal, w.primal),
+        total(product(x.shift, w.primal), product(x.primal, w.shift)),
+        total(
+            None if x.spread is None else spread(x.spread, square(w.primal)),
+            None if w.spread is None else spread(square(x.primal), w.spread),
+        ),
+    )
+    return [_with_squares(eqn, x, y, recurse.curved) if _is_gram(eqn) else y]
+
+
+def _is_gram(eqn: Equation) -> bool:
+    """Whether it multiplies a value with itself along the same axes: ``y_jk = sum_i x_ij x_ik``."""
+    if eqn.name != "dot_general" or eqn.inputs[0] is not eqn.inputs[1]:
+        return False
+    return all(of_x == of_w for of_x, of_w in eqn.params["dimension_numbers"])
+
+
+def _with_squares(eqn: Equation, x: Moments, y: Moments, curved: bool) -> Moments:
+    """What the squares ``y_jj = sum_i x_ij^2`` add to the moments of products of two entries.
+
+    ``dy_jj += 2 sum_i vx_ij``, and ``vy_jj += 2 sum_i x_ij^2 vx_ij`` makes it ``4 x^2 vx``.
+    """
+    if x.spread is None:
+        return y
+    (summed, _), (batch, _) = eqn.params["dimension_numbers"]
+    free = [i for i in range(x.primal.ndim) if i not in (*summed, *batch)]
+
+    def on_diagonal(terms: Any, dtype: Any) -> Any:
+        rows = jnp.transpose(terms, (*batch, *free, *summed))
+        rows = jnp.sum(rows, range(len(batch) + len(free), rows.ndim))
+        shape = rows.shape[: len(batch)], rows.shape[len(batch) :]
+        count = math.prod(shape[1])
+        diagonal = jnp.eye(count, dtype=bool).reshape(*(1 for _ in shape[0]), count, count)
+        square = jnp.where(diagonal, rows.reshape(*shape[0], count, 1), 0)
+        return lax.convert_element_type(square.reshape(*shape[0], *shape[1], *shape[1]), dtype)
+
+    bend = on_diagonal(2 * x.spread, y.primal.dtype) if curved else None
+    squares = jnp.square(lax.convert_element_type(x.primal, x.spread.dtype))
+    spread = on_diagonal(2 * squares * x.spread, spread_dtype(y.primal.dtype))
+    return Moments(y.primal, total(y.shift, bend), total(y.spread, spread))
 
 
 def product(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
