@@ -43,7 +43,6 @@ import hesscale_jax as hs
 WHOLE = "whole diagonal"
 EXACT = "exact"
 HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
-BATCH = 32  # coordinates at a time
 COLUMNS = (
     *HESSCALE,
     *(f"Hutchinson {count}" for count in (1, 8, 50)),
@@ -105,10 +104,7 @@ def for_each_coordinate(
     def at(index: jax.Array) -> tuple[jax.Array, ...]:
         return entries(unravel(jnp.zeros_like(flat).at[index].set(1.0)))
 
-    # Whole batches: a smaller one at the end would be compiled as another program.
-    indices = jnp.arange(flat.size + -flat.size % BATCH)
-    found = jax.lax.map(at, indices, batch_size=BATCH)
-    return [unravel(values[: flat.size]) for values in found]
+    return list(map(unravel, jax.lax.map(at, jnp.arange(flat.size))))
 
 
 def by_sampling(
@@ -120,7 +116,7 @@ def by_sampling(
         _, (_, estimate) = value_and_hutchinson(loss)(key, *args)
         return estimate
 
-    samples = jax.vmap(sample)(jax.random.split(key, max(counts)))
+    samples = jax.lax.map(sample, jax.random.split(key, max(counts)))
     return {
         f"Hutchinson {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
         for count in counts
