@@ -488,16 +488,19 @@ def graph_network() -> Model:
     return nnx_model(GraphNetwork, objective, sample)
 
 
-def info_nce() -> Model:
-    """Two noisy views of each of 8 inputs; cosines over a temperature that is learnt, from 0.1."""
+def info_nce(encoders: int) -> Model:
+    """Two noisy views of each of 8 inputs; cosines over a temperature that is learnt, from 0.1.
+
+    One encoder for both views, as in SimCLR, or one for each, as in CLIP.
+    """
 
     class Encoder(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.mlp = MLP((16, 24, 8), rngs=rngs)
+            self.mlps = nnx.List(MLP((16, 24, 8), rngs=rngs) for _ in range(encoders))
             self.log_scale = nnx.Param(jnp.log(jnp.asarray(10.0)))
 
     def objective(encoder: Encoder, *views: jax.Array) -> jax.Array:
-        embeddings = map(encoder.mlp, views)
+        embeddings = (encoder.mlps[i % encoders](view) for i, view in enumerate(views))
         first, second = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in embeddings)
         logits = jnp.exp(encoder.log_scale[...]) * first @ second.T
         pairs = jnp.arange(len(logits))
@@ -722,7 +725,8 @@ ZOO: dict[str, Callable[[], Model]] = {
     "state-space model": functools.partial(nnx_model, StateSpaceModel, classify, sequences),
     "graph network": graph_network,
     "VAE": variational_autoencoder,
-    "InfoNCE": info_nce,
+    "InfoNCE, one encoder": functools.partial(info_nce, 1),
+    "InfoNCE, two encoders": functools.partial(info_nce, 2),
     "physics-informed": physics_informed,
     "PPO, Gaussian": functools.partial(ppo, Gaussian),
     "PPO, categorical": functools.partial(ppo, Categorical),
