@@ -478,3 +478,9 @@ def dots(x: jax.Array, w: jax.Array) -> jax.Array:
 def focal(cross_entropy: jax.Array) -> jax.Array:
     """Cross-entropy, weighted down where the prediction is right."""
     return (1 - jnp.exp(-cross_entropy)) ** 2 * cross_entropy
+
+
+def assert_close(received: Any, expected: Any) -> None:
+    """Up to rounding, relative to the largest entry of each array."""
+    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal, normalised
+from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -389,9 +389,3 @@ def test_composes_with_transformations():
 
     assert_close(trace(scanned)(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
     assert_close(trace(remat(scanned))(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
-
-
-def assert_close(received, expected):
-    """Up to rounding, relative to the largest entry of each array."""
-    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal, normalised
+from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.experimental import pallas
 
@@ -221,9 +221,3 @@ def test_a_label_is_not_a_primitive():
 
     rules = hs.RULES | {"tanh": raising, "custom_vjp_call[other]": raising}
     assert_close(hs.hesscale(loss, rules=rules)(X)[1], 2 * jnp.cos(2 * X))
-
-
-def assert_close(received, expected):
-    """Up to rounding, relative to the largest entry of each array."""
-    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

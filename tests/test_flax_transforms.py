@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from cases import normal
+from cases import assert_close, normal
 from flax import linen, nnx
 
 import hesscale_jax as hs
@@ -141,9 +140,3 @@ def test_nnx(way, curvature):
         for way in (NNX[way], in_a_loop)
     )
     assert_close(received, expected)
-
-
-def assert_close(received, expected):
-    """Up to rounding, relative to the largest entry of each array."""
-    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))

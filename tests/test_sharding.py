@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal, normalised
+from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -235,9 +235,3 @@ def test_collectives_over_a_mapped_axis():
 
 def on_one_device(curvature):
     return jax.jit(hs.value_and_hesscale(loss, curvature=curvature))(PARAMS, INPUTS, LABELS)
-
-
-def assert_close(received, expected):
-    """Up to rounding, relative to the largest entry of each array."""
-    for got, want in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * max(1e-3, np.abs(want).max()))
