@@ -8,7 +8,18 @@ from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.explanation import explain
 from hesscale_jax.moments import Moments
-from hesscale_jax.optimizers import ScaleByHesScaleState, adahesscale, scale_by_hesscale
+from hesscale_jax.optimizers import (
+    ScaleByCurvatureTrustRegionState,
+    ScaleByHesScaleState,
+    adahesscale,
+    diagonal_newton,
+    hess_diag_as_estimator,
+    scale_by_curvature_trust_region,
+    scale_by_diagonal_newton,
+    scale_by_hesscale,
+    scaled_adahesscale,
+    scaled_adam,
+)
 from hesscale_jax.report import Report
 from hesscale_jax.rules import RULES
 from hesscale_jax.transform import hesscale, value_and_hesscale
@@ -17,13 +28,20 @@ __all__ = [
     "RULES",
     "Moments",
     "Report",
+    "ScaleByCurvatureTrustRegionState",
     "ScaleByHesScaleState",
     "UnsupportedPrimitiveError",
     "adahesscale",
+    "diagonal_newton",
     "explain",
+    "hess_diag_as_estimator",
     "hesscale",
     "rules",
+    "scale_by_curvature_trust_region",
+    "scale_by_diagonal_newton",
     "scale_by_hesscale",
+    "scaled_adahesscale",
+    "scaled_adam",
     "value_and_hesscale",
 ]
 

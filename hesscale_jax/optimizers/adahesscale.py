@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from hesscale_jax.optimizers.hess_diag import accumulator_dtype, cast_like, match
+
 Moment = Literal["squared", "abs"]
 
 # The power of the curvature that is averaged, and the root that brings it back to its units.
@@ -75,7 +77,7 @@ def scale_by_hesscale(
         return ScaleByHesScaleState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_accumulator_dtype(p)), params),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params),
         )
 
     def update_fn(
@@ -89,11 +91,11 @@ def scale_by_hesscale(
         del params, extra_args
         # nu's dtype is that of the arithmetic: the square of a half-precision curvature would
         # overflow in its own.
-        h = _cast_like(_match(hess_diag, updates), state.nu)
-        g = _cast_like(updates, state.nu)
+        h = cast_like(match(hess_diag, updates, "scale_by_hesscale"), state.nu)
+        g = cast_like(updates, state.nu)
 
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(g, _cast_like(state.mu, state.nu), b1, 1)
+        mu = optax.tree.update_moment(g, cast_like(state.mu, state.nu), b1, 1)
         nu = optax.tree.update_moment(jax.tree.map(power, h), state.nu, b2, 1)
         t = count.astype(float)  # Strict dtype promotion refuses the power of an integer.
         mu_hat = optax.tree.bias_correction(mu, b1, t)
@@ -101,9 +103,9 @@ def scale_by_hesscale(
         scaled = jax.tree.map(lambda m, v: m / (root(v) + eps), mu_hat, nu_hat)
 
         state = ScaleByHesScaleState(
-            count=count, mu=_cast_like(mu, state.mu), nu=_cast_like(nu, state.nu)
+            count=count, mu=cast_like(mu, state.mu), nu=cast_like(nu, state.nu)
         )
-        return _cast_like(scaled, updates), state
+        return cast_like(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -202,51 +204,3 @@ def adahesscale(
         decay,
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _accumulator_dtype(array: ArrayLike) -> DTypeLike:
-    dtype = jnp.result_type(array)
-    return jnp.float32 if dtype.itemsize < 4 else dtype
-
-
-def _cast_like(tree: optax.Updates, other: optax.Updates) -> optax.Updates:
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
-
-
-def _match(hess_diag: optax.Updates | None, updates: optax.Updates) -> optax.Updates:
-    """Returns `hess_diag` masked where `updates` is; raises if they differ in structure or shape.
-
-    `optax.masked` and `optax.multi_transform` mask the updates, but hand on extra arguments whole.
-    """
-    if hess_diag is None:
-        raise TypeError(
-            "scale_by_hesscale needs the extra argument 'hess_diag': call "
-            "update(updates, state, params, hess_diag=...) with the diagonal of the Hessian, for "
-            "example from hesscale_jax.hesscale. If you do pass it, some wrapper on the way does "
-            "not hand extra arguments on."
-        )
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    try:
-        matched = jax.tree.map(
-            lambda u, h: u if is_masked(u) else h, updates, hess_diag, is_leaf=is_masked
-        )
-        jax.tree.map(lambda h, u: None, matched, updates)  # Raises if `hess_diag` goes deeper.
-    except ValueError as error:
-        raise ValueError(
-            "'hess_diag' has a different structure from 'updates': "
-            f"{jax.tree.structure(hess_diag)} against {jax.tree.structure(updates)}"
-        ) from error
-
-    for (path, u), h in zip(
-        jax.tree.leaves_with_path(updates), jax.tree.leaves(matched), strict=True
-    ):
-        if jnp.shape(h) != jnp.shape(u):
-            at = jax.tree_util.keystr(path)
-            raise ValueError(
-                "'hess_diag' has a different shape from 'updates': "
-                f"hess_diag{at} is {jnp.shape(h)}, updates{at} is {jnp.shape(u)}"
-            )
-    return matched

@@ -1,0 +1,206 @@
+"""Step-size scaling, diagonal Newton and Sophia: formulas, and what Optax asks of all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_optimizers import assert_close, assert_same_avals, run, steps, tree_of
+
+from hesscale_jax import optimizers
+from hesscale_jax.optimizers import (
+    adahesscale,
+    diagonal_newton,
+    hess_diag_as_estimator,
+    scale_by_curvature_trust_region,
+    scale_by_diagonal_newton,
+    scaled_adahesscale,
+    scaled_adam,
+)
+
+SOLVERS = {
+    "adahesscale": adahesscale(0.1),
+    "diagonal_newton": diagonal_newton(0.1, 1e-3),
+    "hess_diag_as_estimator": optax.contrib.sophia(
+        0.1, hessian_diagonal_fn=hess_diag_as_estimator(), update_interval=1
+    ),
+    "scale_by_curvature_trust_region": scale_by_curvature_trust_region(0.1),
+    "scale_by_diagonal_newton": scale_by_diagonal_newton(1e-3),
+    "scale_by_hesscale": optimizers.scale_by_hesscale(),
+    "scaled_adahesscale": scaled_adahesscale(0.1, delta=1e-3),
+    "scaled_adam": scaled_adam(0.1, delta=1e-3),
+}
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion("standard"):  # the arithmetic of Adam and of Sophia needs it
+        yield
+
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+
+
+def test_every_transformation_is_tested():
+    functions = {name for name in optimizers.__all__ if not name.endswith("State")}
+    assert functions == set(SOLVERS)
+
+
+# Formulas
+
+
+def factors(updates, diagonals, delta, b2, max_scale):
+    """The trust region in NumPy: one factor a step."""
+    v = [np.zeros(h.shape) for h in jax.tree.leaves(diagonals[0])]
+    for u, h in zip(updates, diagonals, strict=True):
+        pairs = list(zip(jax.tree.leaves(u), jax.tree.leaves(h), strict=True))
+        v = [b2 * vi + (1 - b2) * np.square(hi) for vi, (_, hi) in zip(v, pairs, strict=True)]
+        total = sum(
+            np.sum(np.sqrt(vi) * np.square(ui)) for vi, (ui, _) in zip(v, pairs, strict=True)
+        )
+        yield min(max_scale, np.sqrt(2 * delta / total)) if total else max_scale
+
+
+@pytest.mark.parametrize(
+    ("delta", "b2", "max_scale"), [(1e-8, 0.999, 1.0), (0.3, 0.9, 1.0), (10.0, 0.5, 3.0)]
+)
+def test_trust_region_equals_the_formula(delta, b2, max_scale):
+    batches = steps()
+    zero = jax.tree.map(jnp.zeros_like, tree_of(0))
+    batches = [(batches[0][0], zero), (zero, batches[1][1]), *batches[2:]]  # T = 0 in two ways
+    received, _ = run(scale_by_curvature_trust_region(delta, b2, max_scale), tree_of(99), batches)
+    scale = np.array(list(factors(*zip(*batches, strict=True), delta, b2, max_scale)))
+    assert scale[0] == scale[1] == max_scale
+    updates = jax.tree.map(lambda *u: np.stack(u), *(u for u, _ in batches))
+    expected = jax.tree.map(lambda u: u * scale.reshape(-1, *[1] * (u.ndim - 1)), updates)
+    assert_close(received, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "direction"),
+    [(scaled_adahesscale, adahesscale), (scaled_adam, optax.adam)],
+)
+def test_scaled_solvers_shorten_the_direction(scaled, direction):
+    batches = steps()
+    received, _ = run(scaled(0.1, 0.8, 0.95, 1e-3, delta=1e-3), tree_of(99), batches)
+    plain = optax.with_extra_args_support(direction(0.1, 0.8, 0.95, 1e-3))
+    updates, _ = run(plain, tree_of(99), batches)
+    by_step = [jax.tree.map(lambda u, t=t: u[t], updates) for t in range(len(batches))]
+    scale = np.array(list(factors(by_step, [h for _, h in batches], 1e-3, 0.95, 1.0)))
+    assert (scale < 1).any()
+    expected = jax.tree.map(lambda u: u * scale.reshape(-1, *[1] * (u.ndim - 1)), updates)
+    assert_close(received, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive"), [("abs", np.abs), ("floor", lambda h: np.maximum(h, 0))]
+)
+def test_diagonal_newton_equals_the_formula(negative, positive):
+    batches = steps()
+    received, _ = run(diagonal_newton(0.25, 0.3, negative=negative), tree_of(99), batches)
+    each = [jax.tree.map(lambda g, h: -0.25 * g / (positive(h) + 0.3), *pair) for pair in batches]
+    assert_close(received, jax.tree.map(lambda *u: np.stack(u), *each))
+
+
+def test_unknown_treatment_of_negative_curvature_is_an_error():
+    with pytest.raises(ValueError, match="'negative' must be one of"):
+        diagonal_newton(0.1, 0.1, negative="squared")
+
+
+def test_sophia_takes_the_diagonal():
+    batches = steps()
+    solver = optax.contrib.sophia(
+        0.1, b2=0.9, update_interval=2, hessian_diagonal_fn=hess_diag_as_estimator()
+    )
+    _, (state, *_) = run(solver, tree_of(99), batches)
+    expected = jax.tree.map(jnp.zeros_like, tree_of(0))
+    for _, h in batches[::2]:
+        expected = jax.tree.map(lambda v, h: 0.9 * v + 0.1 * h, expected, h)
+    assert_close(state.nu, expected)
+
+
+# What Optax asks
+
+
+@every_solver
+def test_missing_curvature_is_named(solver):
+    params = tree_of(0)
+    with pytest.raises(TypeError, match=r"hess_diag=.*hesscale_jax\.hesscale"):
+        solver.update(params, solver.init(params), params)
+
+
+@every_solver
+def test_another_structure_or_shape_is_an_error_of_tracing(solver):
+    params = tree_of(0)
+    state = solver.init(params)
+    for hess_diag in ({"bias": jnp.ones(2)}, params | {"bias": jnp.ones(3)}):
+        with pytest.raises(ValueError, match="'hess_diag' has a different"):
+            jax.eval_shape(lambda h: solver.update(params, state, params, hess_diag=h), hess_diag)
+
+
+@every_solver
+def test_one_compilation_serves_every_step_and_unknown_arguments(solver):
+    traces = []
+
+    @jax.jit
+    def update(grad, state, params, hess_diag):
+        traces.append(None)
+        return solver.update(grad, state, params, hess_diag=hess_diag, unknown=1)
+
+    params = tree_of(0)
+    state = solver.init(params)
+    for grad, hess_diag in steps(3):
+        updates, state = update(grad, state, params, hess_diag)
+    assert len(traces) == 1
+    assert_same_avals(updates, params)
+
+
+@every_solver
+def test_composes_as_optax_does(solver):
+    batches, params = steps(), tree_of(99)
+    expected, _ = run(solver, params, batches)
+    for wrapped in (
+        optax.chain(optax.identity(), solver),
+        optax.named_chain(("solver", solver)),
+        optax.masked(solver, jax.tree.map(lambda _: True, params)),
+        optax.multi_transform({"all": solver}, jax.tree.map(lambda _: "all", params)),
+        optax.apply_if_finite(solver, 1),
+    ):
+        received, _ = run(wrapped, params, batches)
+        assert_close(received, expected)
+
+
+@every_solver
+def test_masked_leaves_are_left_alone(solver):
+    batches, params = steps(2), tree_of(99)
+    mask = {"dense": {"w": True}, "bias": False}
+    received, _ = run(optax.masked(solver, mask), params, batches)
+    assert_close(received["bias"], jnp.stack([grad["bias"] for grad, _ in batches]))
+    alone = [tuple({"w": tree["dense"]["w"]} for tree in batch) for batch in batches]
+    expected, _ = run(solver, {"w": params["dense"]["w"]}, alone)
+    assert_close(received["dense"], expected)
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_dtypes_are_preserved_under_scan_and_cond(solver, dtype):
+    params = tree_of(0, dtype)
+    state = solver.init(params)
+
+    def step(state, batch):
+        grad, hess_diag = batch
+        updates, new = solver.update(grad, state, params, hess_diag=hess_diag)
+        return jax.lax.cond(True, lambda: new, lambda: state), updates
+
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps(3, dtype))
+    after, updates = jax.lax.scan(step, state, batches)
+    assert_same_avals(after, state)
+    assert_same_avals(jax.tree.map(lambda u: u[0], updates), params)
+
+
+@every_solver
+def test_states_are_mapped_as_the_parameters_are(solver):
+    params = tree_of(0)
+    state = solver.init(params)
+    mapped = optax.tree.map_params(solver, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
