@@ -6,6 +6,7 @@ transformations precondition with it.
 
 from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
+from hesscale_jax.every import value_and_hesscale_every
 from hesscale_jax.explanation import explain
 from hesscale_jax.moments import Moments
 from hesscale_jax.optimizers import (
@@ -43,6 +44,7 @@ __all__ = [
     "scaled_adahesscale",
     "scaled_adam",
     "value_and_hesscale",
+    "value_and_hesscale_every",
 ]
 
 __version__ = "0.1.0"

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from hesscale_jax.optimizers.hess_diag import accumulator_dtype, cast_like, match
+from hesscale_jax.optimizers.hess_diag import (
+    accumulator_dtype,
+    cast_like,
+    keep_unless,
+    match,
+    usable,
+)
 
 Moment = Literal["squared", "abs"]
 
@@ -35,6 +41,7 @@ class ScaleByHesScaleState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # Updates so far; shape=(), dtype=jnp.int32.
     mu: optax.Updates  # EMA of the updates, in their dtype or in `mu_dtype`.
     nu: optax.Updates  # EMA of the curvature's square or absolute value, in float32 at least.
+    nu_count: jax.Array  # Curvatures in it so far; shape=(), dtype=jnp.int32.
 
 
 def scale_by_hesscale(
@@ -44,6 +51,7 @@ def scale_by_hesscale(
     *,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates by a running average of the Hessian's diagonal.
 
@@ -56,12 +64,15 @@ def scale_by_hesscale(
         moment: What is averaged of the curvature: its square, whose root divides, or its absolute
             value, which divides as it is.
         mu_dtype: Dtype of the average of the updates; by default that of the parameters.
+        skip_nonfinite: Whether to leave out a ``hess_diag`` with an infinity or NaN anywhere. It
+            costs a look at every entry.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` requires the keyword
         argument ``hess_diag``, an array for each of the updates and of the same shape, and ignores
-        extra arguments unknown to it. The updates keep their dtypes; the arithmetic is done in
-        float32 at least. Where the updates hold :class:`optax.MaskedNode`, as inside
+        extra arguments unknown to it. With ``refreshed=False`` it leaves ``hess_diag`` out; until
+        one has been taken in, the updates are 0. The updates keep their dtypes; the arithmetic is
+        done in float32 at least. Where the updates hold :class:`optax.MaskedNode`, as inside
         :func:`optax.masked`, ``hess_diag`` is not looked at.
 
     Raises:
@@ -78,6 +89,7 @@ def scale_by_hesscale(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params),
+            nu_count=jnp.zeros([], jnp.int32),
         )
 
     def update_fn(
@@ -86,6 +98,7 @@ def scale_by_hesscale(
         params: optax.Params | None = None,
         *,
         hess_diag: optax.Updates | None = None,
+        refreshed: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByHesScaleState]:
         del params, extra_args
@@ -94,16 +107,26 @@ def scale_by_hesscale(
         h = cast_like(match(hess_diag, updates, "scale_by_hesscale"), state.nu)
         g = cast_like(updates, state.nu)
 
+        fresh = usable(h, refreshed, skip_nonfinite)
+
         count = optax.safe_increment(state.count)
+        nu_count = keep_unless(fresh, optax.safe_increment(state.nu_count), state.nu_count)
         mu = optax.tree.update_moment(g, cast_like(state.mu, state.nu), b1, 1)
         nu = optax.tree.update_moment(jax.tree.map(power, h), state.nu, b2, 1)
-        t = count.astype(float)  # Strict dtype promotion refuses the power of an integer.
-        mu_hat = optax.tree.bias_correction(mu, b1, t)
-        nu_hat = optax.tree.bias_correction(nu, b2, t)
+        nu = keep_unless(fresh, nu, state.nu)
+        # Strict dtype promotion refuses the power of an integer.
+        mu_hat = optax.tree.bias_correction(mu, b1, count.astype(float))
+        nu_hat = optax.tree.bias_correction(nu, b2, nu_count.astype(float))
         scaled = jax.tree.map(lambda m, v: m / (root(v) + eps), mu_hat, nu_hat)
+        if fresh is not None:
+            # Without any curvature the average is 0/0.
+            scaled = jax.tree.map(lambda u: jnp.where(nu_count > 0, u, 0), scaled)
 
         state = ScaleByHesScaleState(
-            count=count, mu=cast_like(mu, state.mu), nu=cast_like(nu, state.nu)
+            count=count,
+            mu=cast_like(mu, state.mu),
+            nu=cast_like(nu, state.nu),
+            nu_count=nu_count,
         )
         return cast_like(scaled, updates), state
 
@@ -118,6 +141,7 @@ def adahesscale(
     *,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
+    skip_nonfinite: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -148,6 +172,7 @@ def adahesscale(
         eps: Term added to the denominator, in units of curvature.
         moment: ``"squared"`` or ``"abs"``, see above.
         mu_dtype: Dtype of the average of the gradients; by default that of the parameters.
+        skip_nonfinite: As for :func:`scale_by_hesscale`.
         weight_decay: Strength of the weight decay, decoupled as in :func:`optax.adamw`: multiplied
             by the learning rate, not by the curvature. None for no decay.
         mask: A tree with the structure of the parameters or a prefix of it, or a callable that
@@ -192,7 +217,8 @@ def adahesscale(
     .. warning::
         :func:`optax.MultiSteps` averages the updates of its micro-batches but hands on only the
         last one's ``hess_diag``: average the two together, before ``update``. And
-        :func:`optax.apply_if_finite` looks at the updates alone: a NaN in ``hess_diag`` passes it.
+        :func:`optax.apply_if_finite` looks at the updates alone: a NaN in ``hess_diag`` passes it,
+        but not ``skip_nonfinite=True``.
     """
     decay = (
         optax.identity()
@@ -200,7 +226,9 @@ def adahesscale(
         else optax.add_decayed_weights(weight_decay, mask=mask)
     )
     return optax.chain(
-        scale_by_hesscale(b1=b1, b2=b2, eps=eps, moment=moment, mu_dtype=mu_dtype),
+        scale_by_hesscale(
+            b1=b1, b2=b2, eps=eps, moment=moment, mu_dtype=mu_dtype, skip_nonfinite=skip_nonfinite
+        ),
         decay,
         optax.scale_by_learning_rate(learning_rate),
     )

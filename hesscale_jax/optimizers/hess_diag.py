@@ -56,3 +56,19 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
                 f"hess_diag{at} is {jnp.shape(h)}, updates{at} is {jnp.shape(u)}"
             )
     return matched
+
+
+def keep_unless(fresh: Any, new: optax.Updates, old: optax.Updates) -> optax.Updates:
+    """The new tree where the curvature is fresh, else the old one; ``None`` is always fresh."""
+    if fresh is None:
+        return new
+    return jax.tree.map(lambda n, o: jnp.where(fresh, n, o), new, old)
+
+
+def usable(hess_diag: optax.Updates, refreshed: Any, skip_nonfinite: bool) -> Any:
+    """Whether the curvature is to be taken in: ``None`` if that is certain while tracing."""
+    if not skip_nonfinite:
+        return refreshed
+    finite = [jnp.all(jnp.isfinite(h)) for h in jax.tree.leaves(hess_diag)]
+    parts = finite if refreshed is None else [jnp.asarray(refreshed), *finite]
+    return jnp.all(jnp.stack(parts))

@@ -16,7 +16,13 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from hesscale_jax.optimizers.adahesscale import Moment, adahesscale
-from hesscale_jax.optimizers.hess_diag import accumulator_dtype, cast_like, match
+from hesscale_jax.optimizers.hess_diag import (
+    accumulator_dtype,
+    cast_like,
+    keep_unless,
+    match,
+    usable,
+)
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -28,7 +34,11 @@ class ScaleByCurvatureTrustRegionState(NamedTuple):
 
 
 def scale_by_curvature_trust_region(
-    delta: ArrayLike = 1e-8, b2: ArrayLike = 0.999, max_scale: ArrayLike = 1.0
+    delta: ArrayLike = 1e-8,
+    b2: ArrayLike = 0.999,
+    max_scale: ArrayLike = 1.0,
+    *,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shorten updates, all by one factor, so that the curvature along them stays within bounds.
 
@@ -49,10 +59,12 @@ def scale_by_curvature_trust_region(
       delta: The bound, in units of the loss; positive.
       b2: Decay rate of the average of the squared curvature.
       max_scale: :math:`s`, the factor where the curvature allows a larger one; 1 never lengthens.
+      skip_nonfinite: As for :func:`scale_by_hesscale`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`, last in a chain: after the learning rate.
-      Its ``update`` requires ``hess_diag``, as :func:`scale_by_hesscale`'s does.
+      Its ``update`` requires ``hess_diag`` and takes ``refreshed``, as :func:`scale_by_hesscale`'s
+      does.
 
     Raises:
       TypeError: From ``update``, if ``hess_diag`` is missing.
@@ -83,11 +95,13 @@ def scale_by_curvature_trust_region(
         params: optax.Params | None = None,
         *,
         hess_diag: optax.Updates | None = None,
+        refreshed: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByCurvatureTrustRegionState]:
         del params, extra_args
         h = cast_like(match(hess_diag, updates, "scale_by_curvature_trust_region"), state.nu)
-        nu = optax.tree.update_moment(h, state.nu, b2, 2)
+        fresh = usable(h, refreshed, skip_nonfinite)
+        nu = keep_unless(fresh, optax.tree.update_moment(h, state.nu, b2, 2), state.nu)
         wide = cast_like(updates, state.nu)
         terms = jax.tree.leaves(jax.tree.map(lambda v, u: jnp.sum(jnp.sqrt(v) * u * u), nu, wide))
         widest = np.result_type(np.float32, *(term.dtype for term in terms))
