@@ -352,6 +352,27 @@ def test_the_models_output_is_named_inside(curvature):
     assert_close(received, expected)
 
 
+def test_what_a_step_hands_to_the_next_is_not_yet_the_loss():
+    """A loop whose last carry is the model's output: each step but that is before an entry."""
+    weights = PARAMS["layers"]["w"]
+
+    def by_scan(w):
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), INPUTS, w)
+        return (x**2).sum()
+
+    def unrolled(w):
+        x = INPUTS
+        for each in w:
+            x = jnp.tanh(x @ each)
+        return (checkpoint_name(x, "model_output") ** 2).sum()
+
+    received, expected = (
+        jax.jit(hs.hesscale(fun, curvature="gauss_newton"))(weights) for fun in (by_scan, unrolled)
+    )
+    assert_close(received, expected)
+    assert (received[1] >= 0).all()
+
+
 def test_a_penalty_in_a_loop_keeps_its_curvature():
     def loss(params, x):
         def step(total, p):
