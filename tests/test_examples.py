@@ -58,3 +58,12 @@ def test_kernel_raises_and_then_has_curvature():
     rows = [line.split() for line in printed.splitlines()[-3:]]
     assert [name for name, *_ in rows] == ["in", "bias", "out"]
     assert all(float(grad) > 0 and float(curvature) > 0 for _, grad, curvature in rows)
+
+
+def test_large_batches_take_the_same_step_every_way():
+    rows = run_example("large_batches.py").splitlines()
+    assert len(rows) == 4
+    for row in rows:
+        _, step, _, apart = row.rsplit(maxsplit=3)
+        assert float(step) > 1e-2
+        assert float(apart) < 1e-6  # float32, other orders of summation

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_optimizers import assert_close, assert_same_avals, run, steps, tree_of
 
+import hesscale_jax
 from hesscale_jax import optimizers
 from hesscale_jax.optimizers import (
     adahesscale,
@@ -204,3 +206,106 @@ def test_states_are_mapped_as_the_parameters_are(solver):
     state = solver.init(params)
     mapped = optax.tree.map_params(solver, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+INJECTED = {
+    "adahesscale": (adahesscale, {"learning_rate": 0.1, "eps": 1e-3}),
+    "diagonal_newton": (diagonal_newton, {"learning_rate": 0.1, "damping": 1e-3}),
+    "scale_by_curvature_trust_region": (scale_by_curvature_trust_region, {"delta": 1e-3}),
+    "scale_by_diagonal_newton": (scale_by_diagonal_newton, {"damping": 1e-3}),
+    "scale_by_hesscale": (optimizers.scale_by_hesscale, {"b1": 0.8, "b2": 0.9, "eps": 1e-3}),
+    "scaled_adahesscale": (scaled_adahesscale, {"learning_rate": 0.1, "delta": 1e-3}),
+    "scaled_adam": (scaled_adam, {"learning_rate": 0.1, "delta": 1e-3}),
+}
+
+
+@pytest.mark.parametrize(("build", "numbers"), INJECTED.values(), ids=INJECTED)
+def test_hyperparameters_are_injected(build, numbers):
+    batches, params = steps(2), tree_of(99)
+
+    def last(solver, **changed):
+        def inject(state):
+            return state._replace(hyperparams=state.hyperparams | changed) if changed else state
+
+        state = inject(solver.init(params))
+        for grad, hess_diag in batches:
+            updates, state = solver.update(grad, state, params, hess_diag=hess_diag)
+        return updates
+
+    injected = optax.inject_hyperparams(build)(**numbers)
+    unchanged = last(injected)
+    assert_close(unchanged, last(build(**numbers)))
+    for name, number in numbers.items():
+        received = last(injected, **{name: jnp.asarray(number / 2)})
+        assert_close(received, last(build(**numbers | {name: number / 2})))
+        assert not np.allclose(received["bias"], unchanged["bias"], rtol=1e-6)
+
+
+@every_solver
+def test_schedule_free(solver):
+    """The iterate and the average of Defazio et al. (2024) around the solver's own steps."""
+    batches, b1 = steps(3), 0.7
+    wrapped = optax.contrib.schedule_free(solver, learning_rate=1.0, b1=b1)
+    y = x = z = tree_of(99)
+    state, inner = wrapped.init(y), solver.init(z)
+    for t, (grad, hess_diag) in enumerate(batches, start=1):
+        step, inner = solver.update(grad, inner, y, hess_diag=hess_diag)
+        z = optax.apply_updates(z, step)
+        x = jax.tree.map(lambda x, z, t=t: x + (z - x) / t, x, z)
+        updates, state = wrapped.update(grad, state, y, hess_diag=hess_diag)
+        y = optax.apply_updates(y, updates)
+        # Optax recovers x from y and z, and loses a few digits.
+        assert_close(y, jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, x, z), rtol=1e-9)
+
+
+@every_solver
+def test_states_are_sharded_as_the_parameters_are(solver):
+    sharding = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    params, grad, hess_diag = (
+        jax.device_put({"w": jnp.asarray(np.random.default_rng(i).normal(size=(4, 3)))}, sharding)
+        for i in range(3)
+    )
+    with jax.set_mesh(sharding.mesh):
+        state = jax.jit(solver.init)(params)
+        for _ in range(2):
+            updates, state = jax.jit(solver.update)(grad, state, params, hess_diag=hess_diag)
+    for array in jax.tree.leaves((updates, state)):
+        expected = sharding if array.ndim else whole
+        assert array.sharding.is_equivalent_to(expected, array.ndim), array.sharding
+
+
+# Micro-batches
+
+
+def loss(params, x):
+    return jnp.mean(jnp.sum(jnp.tanh(x @ params["dense"]["w"] + params["bias"][None]) ** 3, axis=1))
+
+
+def test_micro_batches_are_averaged():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
+    derivatives = hesscale_jax.value_and_hesscale(loss)
+    mean = optax.microbatching.AccumulationType.MEAN
+    accumulated = optax.microbatch(derivatives, argnums=1, microbatch_size=4, accumulator=mean)
+
+    def in_scan(params, x):
+        def step(total, part):
+            return jax.tree.map(jnp.add, total, derivatives(params, part)), None
+
+        zero = jax.tree.map(jnp.zeros_like, derivatives(params, x[:4]))
+        total, _ = jax.lax.scan(step, zero, x.reshape(3, 4, 3))
+        return jax.tree.map(lambda leaf: leaf / 3, total)
+
+    expected = derivatives(tree_of(0), x)
+    for way in (accumulated, in_scan):
+        assert_close(jax.jit(way)(tree_of(0), x), expected)
+
+
+def test_multi_steps_hands_on_the_last_curvature_alone():
+    """As the documentation of the optimizers warns."""
+    solver, params, batches = adahesscale(0.1), tree_of(99), steps(2)
+    grad = jax.tree.map(lambda *g: sum(g) / 2, *(g for g, _ in batches))
+    expected, _ = solver.update(grad, solver.init(params), params, hess_diag=batches[1][1])
+    received, _ = run(optax.MultiSteps(solver, 2), params, batches)
+    # MultiSteps' weights of the average are float32.
+    assert_close(jax.tree.map(lambda u: u[1], received), expected, rtol=1e-6)
