@@ -33,7 +33,7 @@ import hesscale_jax as hs
 Network = TypeVar("Network", "Actor", "Critic")
 
 OUTPUT = Path(__file__).parent / "out" / "ppo"
-SMOKE = {"steps": 768, "horizon": 64, "epochs": 2, "minibatches": 4, "checkpoint_every": 2}
+SMOKE = {"steps": 1280, "horizon": 64, "epochs": 2, "minibatches": 4, "checkpoint_every": 2}
 
 
 class MLP(nnx.Module):
