@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hesscale_jax import _jaxpr
+from hesscale_jax import _jaxpr, transform
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
-from hesscale_jax.transform import _positions, hesscale, transposed
+from hesscale_jax.transform import hesscale, transposed
 
 __all__ = ["Agreement", "Report", "check_hesscale", "check_rule"]
 
@@ -149,7 +149,7 @@ def check_hesscale(
     """
     if num_coordinates < 1:
         raise ValueError(f"num_coordinates must be at least 1, got {num_coordinates}")
-    positions = _positions(argnums, len(args))
+    positions = transform.positions(argnums, len(args))
     differentiated = [args[i] for i in positions]
     leaves, tree = jax.tree.flatten(differentiated)
     paths = _paths(differentiated[0] if isinstance(argnums, int) else differentiated)

@@ -138,7 +138,7 @@ def traced(
     Returns:
       The program, the function that was traced, and the arguments to differentiate by position.
     """
-    chosen = {i: args[i] for i in _positions(argnums, len(args))}
+    chosen = {i: args[i] for i in positions(argnums, len(args))}
     leaves, tree = jax.tree.flatten(list(chosen.values()))
     _check_differentiable(leaves, argnums)
 
@@ -193,12 +193,7 @@ class _Loss:
         result = self._fun(*leaves)
         aux: Any = ()
         if self._has_aux:
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(
-                    "with has_aux=True the loss must return a pair (scalar, aux), "
-                    f"got {type(result).__name__}"
-                )
-            result, aux = result
+            result, aux = pair(result)
         _check_loss(result)
         self._leaves, self._tree = jax.tree.flatten(aux)
         self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in self._leaves]
@@ -220,7 +215,17 @@ def check_curvature(curvature: str) -> None:
         raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
 
 
-def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
+def pair(result: Any) -> tuple[Any, Any]:
+    """The result of a loss with auxiliary data; raises ``TypeError`` if it is no pair."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "with has_aux=True the loss must return a pair (scalar, aux), "
+            f"got {type(result).__name__}"
+        )
+    return result
+
+
+def positions(argnums: int | Sequence[int], count: int) -> list[int]:
     """The differentiated arguments among ``count`` positional ones."""
     found: list[int] = []
     for argnum in (argnums,) if isinstance(argnums, int) else tuple(argnums):

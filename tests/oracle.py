@@ -170,7 +170,7 @@ def units(steps: Plan) -> list[Unit]:
     for eqn in steps.rules:
         unit_of[eqn] = steps.blocks.get(eqn, eqn)
         members.setdefault(unit_of[eqn], []).append(eqn)
-    makers = {v: unit_of[eqn] for eqn in steps.rules for v in eqn.outputs}
+    makers = {v: unit_of[eqn] for eqn in steps.rules for v in eqn.outputs if v in steps.active}
     graph = {
         unit: {makers[v] for eqn in eqns for v in eqn.inputs if v in makers} - {unit}
         for unit, eqns in members.items()
