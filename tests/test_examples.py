@@ -71,9 +71,29 @@ def test_kernel_raises_and_then_has_curvature():
     assert all(float(grad) > 0 and float(curvature) > 0 for _, grad, curvature in rows)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adahesscale-gn"])
+def test_char_lm_learns(tmp_path, optimizer):
+    for package in ("matplotlib", "orbax.checkpoint", "tqdm"):
+        pytest.importorskip(package)
+
+    printed = run_example(
+        "char_lm.py", "--smoke", "--optimizer", optimizer, "--output", str(tmp_path)
+    )
+
+    assert "bits per character" in printed
+    losses = [float(row["validation_loss"]) for row in curves(tmp_path)]
+    # All characters alike would be 4.85; as frequent as they are, and no more known, 3.12.
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 3.5
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("name", "packages"),
-    [("ppo.py", ["gymnasium", "matplotlib", "mujoco", "orbax.checkpoint", "tqdm"])],
+    [
+        ("char_lm.py", ["matplotlib", "orbax.checkpoint", "tqdm"]),
+        ("ppo.py", ["gymnasium", "matplotlib", "mujoco", "orbax.checkpoint", "tqdm"]),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, name, packages):
     for package in packages:
