@@ -12,7 +12,8 @@ one process, so that a change of the machine's speed meets all of them alike. Co
 
 A gradient takes three matrix products a layer and HesScale two more, so that 5/3 is the floor (a
 little less, as the first layer needs no gradient of its input). Hutchinson is one sample, with the
-value and the gradient; drawing it is part of the call.
+value and the gradient; drawing it is part of the call. "every 10" is the mean over ten steps of
+`value_and_hesscale_every(10)`, of which one computes the diagonal.
 
     python benchmarks/cost.py
     python benchmarks/cost.py --models gpt-256 3c3d-relu --rounds 50 --output cost.md
@@ -25,7 +26,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,29 +40,31 @@ import hesscale_jax as hs
 
 BASELINE = "value_and_grad"
 HESSCALE = {"hessian": "HesScale", "gauss_newton": "HesScaleGN"}
+EVERY = 10  # steps that one diagonal serves
 MINIMUM_SECONDS = 0.02  # a shorter function is called several times for one measurement
 
 
 class Program(NamedTuple):
     """A compiled method, and what the compiler says of it."""
 
-    call: Callable[[], Any]
+    calls: Sequence[Callable[[], Any]]  # What is timed is their mean.
     flops: float
     temporary_bytes: int
     trace_seconds: float
     compile_seconds: float
 
 
-def build(method: Callable[..., Any], args: tuple[Any, ...]) -> Program:
+def build(method: Callable[..., Any], *cases: tuple[Any, ...]) -> Program:
+    """Compiles a method for arguments that differ in value alone."""
     jax.clear_caches()
     start = time.perf_counter()
-    traced = jax.jit(method).trace(*args)
+    traced = jax.jit(method).trace(*cases[0])
     trace_seconds = time.perf_counter() - start
     start = time.perf_counter()
     compiled = traced.lower().compile()
     compile_seconds = time.perf_counter() - start
     return Program(
-        functools.partial(compiled, *args),
+        [functools.partial(compiled, *args) for args in cases],
         compiled.cost_analysis()["flops"],
         compiled.memory_analysis().temp_size_in_bytes,
         trace_seconds,
@@ -78,27 +81,32 @@ def programs_for(task: Task, curvatures: list[str]) -> dict[str, Program]:
             HESSCALE[curvature]: build(hs.value_and_hesscale(task.loss, curvature=curvature), args)
             for curvature in curvatures
         },
+        f"every {EVERY}": build(
+            hs.value_and_hesscale_every(EVERY)(task.loss),
+            *((jnp.asarray(step), *args) for step in range(EVERY)),
+        ),
         "Hutchinson 1": build(value_and_hutchinson(task.loss), (jax.random.key(0), *args)),
     }
 
 
-def seconds_per_call(call: Callable[[], Any], repeats: int) -> float:
+def seconds_per_call(program: Program, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
-        result = call()
+        for call in program.calls:
+            result = call()
     jax.block_until_ready(result)
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start) / (repeats * len(program.calls))
 
 
 def interleave(programs: Mapping[str, Program], rounds: int) -> Iterator[dict[str, float]]:
     """Seconds per call of every program, round by round; every other round in reverse order."""
     for program in programs.values():
-        seconds_per_call(program.call, repeats=2)
-    once = seconds_per_call(programs[BASELINE].call, repeats=3)
+        seconds_per_call(program, repeats=2)
+    once = seconds_per_call(programs[BASELINE], repeats=3)
     repeats = math.ceil(MINIMUM_SECONDS / once)
     order = list(programs)
     for _ in range(rounds):
-        yield {name: seconds_per_call(programs[name].call, repeats) for name in order}
+        yield {name: seconds_per_call(programs[name], repeats) for name in order}
         order.reverse()
 
 

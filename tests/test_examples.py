@@ -1,19 +1,24 @@
 """The examples run as a reader would run them, at their smallest size."""
 
+import csv
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import chex
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
 
-def run_example(name: str, *arguments: str) -> str:
-    """Runs an example with warnings as errors, and returns what it prints."""
+def start_example(name: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts an example with warnings as errors."""
     # A process of its own: the tests' float64 and strict promotion are not what a reader has.
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-W", "error", f"examples/{name}", *arguments],
         cwd=REPOSITORY,
         env=os.environ
@@ -21,12 +26,18 @@ def run_example(name: str, *arguments: str) -> str:
             "PYTHONPATH": str(REPOSITORY),  # The package need not be installed.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Nearly all of the time is compilation.
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """Runs an example to its end, and returns what it prints."""
+    process = start_example(name, *arguments)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return stdout
 
 
 # One test, for one run: fixtures are not shared among the processes that run the tests.
@@ -67,3 +78,71 @@ def test_large_batches_take_the_same_step_every_way():
         _, step, _, apart = row.rsplit(maxsplit=3)
         assert float(step) > 1e-2
         assert float(apart) < 1e-6  # float32, other orders of summation
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adahesscale-gn"])
+def test_char_lm_learns(tmp_path, optimizer):
+    for package in ("matplotlib", "orbax.checkpoint", "tqdm"):
+        pytest.importorskip(package)
+
+    printed = run_example(
+        "char_lm.py", "--smoke", "--optimizer", optimizer, "--output", str(tmp_path)
+    )
+
+    assert "bits per character" in printed
+    losses = [float(row["validation_loss"]) for row in curves(tmp_path)]
+    # All characters alike would be 4.85; as frequent as they are, and no more known, 3.12.
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 3.5
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("char_lm.py", ["matplotlib", "orbax.checkpoint", "tqdm"]),
+        ("ppo.py", ["gymnasium", "matplotlib", "mujoco", "orbax.checkpoint", "tqdm"]),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, name, packages):
+    for package in packages:
+        pytest.importorskip(package)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    printed = run_example(name, "--smoke", "--output", str(whole))
+    assert str(whole) in printed
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all(math.isfinite(float(x)) for row in curves(whole) for x in row.values())
+
+    process = start_example(name, "--smoke", "--output", str(killed))
+    while not checkpoints(killed):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert max(checkpoints(killed)) < max(checkpoints(whole)), "it was not killed in time"
+    run_example(name, "--smoke", "--output", str(killed), "--resume")
+
+    assert without_seconds(curves(killed)) == without_seconds(curves(whole))
+    chex.assert_trees_all_equal(last_checkpoint(killed), last_checkpoint(whole))
+
+
+def curves(run: Path) -> list[dict[str, str]]:
+    with (run / "curves.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
+
+
+def checkpoints(run: Path) -> list[int]:
+    """The steps of those that are complete: until then they have longer names."""
+    return [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()]
+
+
+def last_checkpoint(run: Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(run / "checkpoints") as manager:
+        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
