@@ -36,6 +36,11 @@ OUTPUT = Path(__file__).parent / "out" / "pruning.png"
 
 
 @jax.jit
+def init(key: Array) -> Params:
+    return MLP.init(key, jnp.zeros([1, 8, 8, 1]))
+
+
+@jax.jit
 def loss(params: Params, images: Array, labels: Array) -> Array:
     return cross_entropy(MLP.apply(params, images), labels)
 
@@ -140,8 +145,7 @@ def prune(params: Params, saliency: Params, left: float) -> Params:
 def run(seed: int, epochs: int, train_set: Digits, test_set: Digits) -> dict[str, np.ndarray]:
     """Trains and prunes: [len(LEFT), 2] test accuracies and training losses of each saliency."""
     for_init, for_training, for_noise, for_random = jax.random.split(jax.random.key(seed), 4)
-    params = MLP.init(for_init, train_set.images[:1])
-    params = train(loss, params, *train_set, epochs, for_training)
+    params = train(loss, init(for_init), *train_set, epochs, for_training)
     # The loss that was trained on has noise. Without it, hardly an image has any curvature left.
     train_set = Digits(noisy(train_set.images, for_noise), train_set.labels)
     results = {}
