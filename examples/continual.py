@@ -89,7 +89,7 @@ def table(results: dict[str, np.ndarray]) -> str:
 
 
 STYLES = {
-    "no penalty": {"color": "0.6", "marker": "o"},
+    "no penalty": {"color": "0.6", "marker": "o", "zorder": 3},
     "L2": {"color": "black", "marker": "s"},
     "squared gradient": {"color": "#009E73", "marker": "v"},
     "exact Gauss-Newton": {"color": "#CC79A7", "marker": "^"},

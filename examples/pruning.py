@@ -8,8 +8,8 @@ least, and compute h with a backward pass that drops off-diagonal terms, as HesS
 MLP loses up to 99 % of its weights at a stroke and is not trained again. What is left of its test
 accuracy is set beside other rankings of the weights, random and by magnitude among them.
 
-At a minimum no h is negative, but training stops short of one, and a third of them are. The
-Gauss-Newton diagonal has none; of the Hessian's the absolute value is taken. All saliencies are in
+At a minimum no h is negative, but training stops short of one, and a third of HesScale's are: their
+absolute value is taken. The Gauss-Newton diagonal, of HesScaleGN, has none. All saliencies are in
 units of the loss, so that weights are ranked across layers. Biases are few, and stay.
 """
 
@@ -146,7 +146,7 @@ def run(seed: int, epochs: int, train_set: Digits, test_set: Digits) -> dict[str
     """Trains and prunes: [len(LEFT), 2] test accuracies and training losses of each saliency."""
     for_init, for_training, for_noise, for_random = jax.random.split(jax.random.key(seed), 4)
     params = train(loss, init(for_init), *train_set, epochs, for_training)
-    # The loss that was trained on has noise. Without it, hardly an image has any curvature left.
+    # The loss that was trained on is the one with noise. Without, it has 15 times less curvature.
     train_set = Digits(noisy(train_set.images, for_noise), train_set.labels)
     results = {}
     for name, saliency in saliencies(params, *train_set, for_random).items():
