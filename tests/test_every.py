@@ -15,7 +15,17 @@ KEEPS_CURVATURE = {
     "scale_by_curvature_trust_region": lambda **options: hs.scale_by_curvature_trust_region(
         0.1, **options
     ),
+    "scaled_adahesscale": lambda **options: hs.scaled_adahesscale(0.1, **options),
+    "scaled_adam": lambda **options: hs.scaled_adam(0.1, **options),
 }
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion("standard"):  # the arithmetic of Adam needs it
+        yield
+
+
 every_solver = pytest.mark.parametrize("build", KEEPS_CURVATURE.values(), ids=list(KEEPS_CURVATURE))
 
 
@@ -131,5 +141,7 @@ def test_training_with_a_diagonal_now_and_then():
 
 def curvature_of(state):
     """The averages of the curvature in a state, and their counts."""
-    first = state[0] if isinstance(state, tuple) and hasattr(state[0], "nu") else state
-    return [*jax.tree.leaves(first.nu), *jax.tree.leaves(getattr(first, "nu_count", ()))]
+    ours = (hs.ScaleByHesScaleState, hs.ScaleByCurvatureTrustRegionState)
+    states = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ours))
+    found = [(s.nu, getattr(s, "nu_count", ())) for s in states if isinstance(s, ours)]
+    return jax.tree.leaves(found)

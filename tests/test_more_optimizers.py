@@ -70,9 +70,12 @@ def test_trust_region_equals_the_formula(delta, b2, max_scale):
     batches = steps()
     zero = jax.tree.map(jnp.zeros_like, tree_of(0))
     batches = [(batches[0][0], zero), (zero, batches[1][1]), *batches[2:]]  # T = 0 in two ways
-    received, _ = run(scale_by_curvature_trust_region(delta, b2, max_scale), tree_of(99), batches)
+    solver = scale_by_curvature_trust_region(delta, b2, max_scale)
+    received, state = run(solver, tree_of(99), batches)
     scale = np.array(list(factors(*zip(*batches, strict=True), delta, b2, max_scale)))
     assert scale[0] == scale[1] == max_scale
+    np.testing.assert_allclose(state.scale, scale[-1], rtol=1e-9)
+    assert solver.init(tree_of(99)).scale == max_scale
     updates = jax.tree.map(lambda *u: np.stack(u), *(u for u, _ in batches))
     expected = jax.tree.map(lambda u: u * scale.reshape(-1, *[1] * (u.ndim - 1)), updates)
     assert_close(received, expected, rtol=1e-9)

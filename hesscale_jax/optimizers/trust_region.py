@@ -31,6 +31,7 @@ class ScaleByCurvatureTrustRegionState(NamedTuple):
     """State of :func:`scale_by_curvature_trust_region`."""
 
     nu: optax.Updates  # EMA of the curvature's square, in float32 at least; starts at 0.
+    scale: jax.Array  # The last factor; shape=(), in the widest dtype of nu; starts at `max_scale`.
 
 
 def scale_by_curvature_trust_region(
@@ -85,9 +86,11 @@ def scale_by_curvature_trust_region(
     """
 
     def init_fn(params: optax.Params) -> ScaleByCurvatureTrustRegionState:
-        return ScaleByCurvatureTrustRegionState(
-            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params)
-        )
+        nu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params)
+        return ScaleByCurvatureTrustRegionState(nu, jnp.asarray(max_scale, widest(nu)))
+
+    def widest(nu: optax.Updates) -> DTypeLike:
+        return np.result_type(np.float32, *(v.dtype for v in jax.tree.leaves(nu)))
 
     def update_fn(
         updates: optax.Updates,
@@ -104,12 +107,13 @@ def scale_by_curvature_trust_region(
         nu = keep_unless(fresh, optax.tree.update_moment(h, state.nu, b2, 2), state.nu)
         wide = cast_like(updates, state.nu)
         terms = jax.tree.leaves(jax.tree.map(lambda v, u: jnp.sum(jnp.sqrt(v) * u * u), nu, wide))
-        widest = np.result_type(np.float32, *(term.dtype for term in terms))
-        total = sum((term.astype(widest) for term in terms), jnp.zeros([], widest))
+        dtype = state.scale.dtype
+        total = sum((term.astype(dtype) for term in terms), jnp.zeros([], dtype))
         # No curvature along the updates: the root is infinite, and the largest factor is taken.
-        scale = jnp.minimum(max_scale, jnp.sqrt(2 * delta / total))
+        scale = jnp.minimum(max_scale, jnp.sqrt(2 * delta / total)).astype(dtype)
         scaled = jax.tree.map(lambda u: scale.astype(u.dtype) * u, wide)
-        return cast_like(scaled, updates), ScaleByCurvatureTrustRegionState(cast_like(nu, state.nu))
+        state = ScaleByCurvatureTrustRegionState(cast_like(nu, state.nu), scale)
+        return cast_like(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -124,6 +128,7 @@ def scaled_adahesscale(
     max_scale: ArrayLike = 1.0,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
+    skip_nonfinite: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -140,6 +145,7 @@ def scaled_adahesscale(
       max_scale: The largest factor there.
       moment: As for :func:`adahesscale`.
       mu_dtype: As for :func:`adahesscale`.
+      skip_nonfinite: As for :func:`scale_by_hesscale`.
       weight_decay: As for :func:`adahesscale`; the decay is part of the update that is shortened.
       mask: As for :func:`adahesscale`.
 
@@ -167,10 +173,12 @@ def scaled_adahesscale(
         eps,
         moment=moment,
         mu_dtype=mu_dtype,
+        skip_nonfinite=skip_nonfinite,
         weight_decay=weight_decay,
         mask=mask,
     )
-    return optax.chain(direction, scale_by_curvature_trust_region(delta, b2, max_scale))
+    bound = scale_by_curvature_trust_region(delta, b2, max_scale, skip_nonfinite=skip_nonfinite)
+    return optax.chain(direction, bound)
 
 
 def scaled_adam(
@@ -182,6 +190,7 @@ def scaled_adam(
     delta: ArrayLike = 1e-8,
     max_scale: ArrayLike = 1.0,
     mu_dtype: DTypeLike | None = None,
+    skip_nonfinite: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -197,6 +206,7 @@ def scaled_adam(
       delta: The bound of :func:`scale_by_curvature_trust_region`.
       max_scale: The largest factor there.
       mu_dtype: As for :func:`optax.adamw`.
+      skip_nonfinite: As for :func:`scale_by_hesscale`.
       weight_decay: As for :func:`optax.adamw`; here there is none by default, as in Adam.
       mask: As for :func:`optax.adamw`.
 
@@ -220,4 +230,5 @@ def scaled_adam(
     direction = optax.adamw(
         learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask
     )
-    return optax.chain(direction, scale_by_curvature_trust_region(delta, b2, max_scale))
+    bound = scale_by_curvature_trust_region(delta, b2, max_scale, skip_nonfinite=skip_nonfinite)
+    return optax.chain(direction, bound)
