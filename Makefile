@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format benchmark-cost benchmark-quality clean
+.PHONY: help demo test lint types format benchmark-cost benchmark-quality benchmark-training clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ benchmark-cost: $(VENV)/.installed-benchmarks ## Measure time and memory against
 
 benchmark-quality: $(VENV)/.installed-benchmarks ## Measure the error against the exact diagonal
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+benchmark-training: $(VENV)/.installed-benchmarks ## Train with each optimizer, over learning rates
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(VENV) .venv-* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist site
