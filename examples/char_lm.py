@@ -174,7 +174,7 @@ def main() -> None:
     learning_rate = optax.warmup_cosine_decay_schedule(
         0, args.learning_rate, args.steps // 20, args.steps
     )
-    tx, curvature = optimizer(args.optimizer, learning_rate, eps=1e-4)
+    tx, curvature = optimizer(args.optimizer, learning_rate)
     nodes = (model, nnx.Optimizer(model, tx, wrt=nnx.Param), nnx.metrics.Average())
     *_, train_loss = nodes
 

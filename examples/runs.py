@@ -32,7 +32,7 @@ def optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     eps: float = 1e-3,
-    delta: float = 1e-3,
+    delta: float = 1e-5,
 ) -> tuple[optax.GradientTransformation, Curvature | None]:
     """An optimizer of `OPTIMIZERS`, and the curvature for its `update`.
 
@@ -41,8 +41,9 @@ def optimizer(
         learning_rate: A number, or a schedule.
         eps: AdaHesScale's, in units of curvature. With the paper's 1e-8, a weight that has hardly
             mattered so far may be thrown far away by the first batch in which it does.
-        delta: What half the curvature along a step may add to the loss where steps are scaled. In
-            reinforcement learning, the paper has 1e-8.
+        delta: Where steps are scaled, the most that the curvature along one may add to the loss:
+            enough to shorten the longest of `char_lm.py`. In reinforcement learning, the paper has
+            1e-8.
     """
     curvature = OPTIMIZERS[name]
     match name.removesuffix("-gn"):
