@@ -158,7 +158,7 @@ def char_lm_task() -> Task:
 
     held_out = np.linspace(0, len(validation) - length - 1, 64, dtype=int)
     evaluation = (char_lm.batch(validation, held_out, length + 1),)
-    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 500, 50)
+    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 300, 30)
 
 
 TASKS: dict[str, Callable[[], Task]] = {

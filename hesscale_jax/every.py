@@ -24,7 +24,8 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
       of the step before the loss's arguments and returns ``(value, (grad, hess_diag), refreshed)``.
       At steps that ``k`` does not divide, ``hess_diag`` is 0 and ``refreshed`` is False: handed on
       as ``refreshed=``, the optimizers here leave their averages of the curvature as they are.
-      Auxiliary data must be arrays.
+      Auxiliary data must be arrays. The two ways are branches of one ``lax.cond``, in which
+      convolutions on a CPU are slow (jax-ml/jax#12868): there, choose between two jitted functions.
 
     Raises:
       ValueError: ``k`` is less than 1.
