@@ -51,13 +51,7 @@ def hesscale(
              [18.]], dtype=float32)
     """
     value_and = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
-
-    @functools.wraps(fun)
-    def hesscale_fun(*args: Any, **kwargs: Any) -> Any:
-        value, result = value_and(*args, **kwargs)
-        return (result, value[1]) if has_aux else result
-
-    return hesscale_fun
+    return transform.without_value(value_and, has_aux)
 
 
 def value_and_hesscale(

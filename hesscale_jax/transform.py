@@ -53,13 +53,7 @@ def hesscale(
       [2. 4.] [2. 2.]
     """
     value_and = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
-
-    @functools.wraps(fun)
-    def hesscale_fun(*args: Any, **kwargs: Any) -> Any:
-        value, result = value_and(*args, **kwargs)
-        return (result, value[1]) if has_aux else result
-
-    return hesscale_fun
+    return without_value(value_and, has_aux)
 
 
 def value_and_hesscale(
@@ -124,6 +118,17 @@ def value_and_hesscale(
         return ((value, loss.with_aux(aux)) if has_aux else value), result
 
     return value_and_hesscale_fun
+
+
+def without_value(value_and_fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """What ``jax.grad`` is to ``jax.value_and_grad``."""
+
+    @functools.wraps(value_and_fun)
+    def fun(*args: Any, **kwargs: Any) -> Any:
+        value, result = value_and_fun(*args, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return fun
 
 
 def traced(
