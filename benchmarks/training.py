@@ -17,7 +17,7 @@ without compilation and evaluation.
     python benchmarks/training.py                    everything, about half an hour on two cores
     python benchmarks/training.py --tasks "digits MLP"
     python benchmarks/training.py --tasks            only draws what was measured before
-    python benchmarks/training.py --methods AdaHesScale --eps 1e-8 --output out
+    python benchmarks/training.py --methods Adam AdaHesScale --eps 1e-8 --output out
 """
 
 import argparse
@@ -52,12 +52,16 @@ INTERVAL = 10  # Sophia looks at every tenth diagonal.
 BASELINE = "Adam"
 
 
+def three_decades(lowest: float) -> tuple[float, ...]:
+    return tuple(lowest * 10 ** (i / 2) for i in range(7))
+
+
 class Method(NamedTuple):
     """An optimizer, and where its curvature comes from."""
 
     tx: Callable[[Any], optax.GradientTransformation]
     derivatives: Callable[..., Any]  # (loss, step, params, *batch) -> (grad, extra arguments)
-    rates: Sequence[float] = tuple(1e-4 * 10 ** (i / 2) for i in range(7))
+    rates: Sequence[float] = three_decades(1e-4)
     interval: int = 1  # At other steps than each so many-th, there is no new diagonal.
 
 
@@ -103,10 +107,8 @@ def methods(eps: float) -> dict[str, Method]:
         "AdaHesScale": Method(adahesscale, hesscale),
         "AdaHesScaleGN": Method(adahesscale, gauss_newton),
         "Sophia, by HesScaleGN": Method(sophia, gauss_newton, interval=INTERVAL),
-        "AdaHessian, by Hutchinson": Method(adahesscale, hutchinson),
-        "SGD with momentum": Method(
-            momentum, gradient, rates=tuple(1e-3 * 10 ** (i / 2) for i in range(7))
-        ),
+        "AdaHessian, by Hutchinson": Method(adahesscale, hutchinson, three_decades(1e-3)),
+        "SGD with momentum": Method(momentum, gradient, three_decades(1e-3)),
     }
 
 
@@ -208,13 +210,13 @@ def curves(
 
 
 def milliseconds(
-    task: Task, chosen: dict[str, Method], step_funs: dict[str, Callable[..., Any]], rounds: int
+    task: Task, every: dict[str, Method], step_funs: dict[str, Callable[..., Any]], rounds: int
 ) -> dict[str, float]:
     """The median time of a step, the methods taking turns of ten steps."""
     params = task.params(0)
     batches = jax.device_put([task.batch(0, step) for step in range(INTERVAL)])
-    states = {name: method.tx(1e-3).init(params) for name, method in chosen.items()}
-    times: dict[str, list[float]] = {name: [] for name in chosen}
+    states = {name: method.tx(1e-3).init(params) for name, method in every.items()}
+    times: dict[str, list[float]] = {name: [] for name in every}
     for _ in range(rounds):
         for name, step_fun in step_funs.items():
             p, state = params, states[name]
@@ -227,14 +229,14 @@ def milliseconds(
 
 
 def measure(
-    name: str, chosen: dict[str, Method], eps: float, seeds: int, progress: Progress
+    name: str, chosen: Sequence[str], eps: float, seeds: int, progress: Progress
 ) -> dict[str, Any]:
-    task = TASKS[name]()
-    step_funs = {key: train_step(task, method) for key, method in chosen.items()}
-    total = seeds * sum(len(method.rates) for method in chosen.values())
-    bar = progress.add_task(name, total=total)
+    task, every = TASKS[name](), methods(eps)
+    step_funs = {key: train_step(task, method) for key, method in every.items()}
+    bar = progress.add_task(name, total=seeds * sum(len(every[key].rates) for key in chosen))
     losses = {}
-    for key, method in chosen.items():
+    for key in chosen:
+        method = every[key]
         progress.update(bar, description=f"{name}, {key}")
         done = functools.partial(progress.advance, bar)
         losses[key] = curves(task, method, step_funs[key], range(seeds), done)
@@ -244,7 +246,7 @@ def measure(
         "evaluate_every": task.evaluate_every,
         "eps": eps,
         "losses": losses,
-        "milliseconds": milliseconds(task, chosen, step_funs, rounds=20),
+        "milliseconds": milliseconds(task, every, step_funs, rounds=20),
     }
 
 
@@ -324,7 +326,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("final loss: mean, lowest and highest of the seeds")
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(COLOURS), frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -333,7 +335,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=[""], help="whose names contain one")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[""],
+        help="whose names contain one; others stay as measured",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--eps", type=float, default=1e-3, help="of AdaHesScale and AdaHessian")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
@@ -342,14 +349,14 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     data = options.output / "training.json"
     results = json.loads(data.read_text()) if data.exists() else {}
-    chosen = {
-        name: method
-        for name, method in methods(options.eps).items()
-        if name == BASELINE or any(part in name for part in options.methods)
-    }
+    every = methods(options.eps)
+    chosen = [name for name in every if any(part in name for part in options.methods)]
     with Progress(console=console) as progress:
         for name in options.tasks:
+            before = results.get(name, {}).get("losses", {})
             results[name] = measure(name, chosen, options.eps, options.seeds, progress)
+            losses = before | results[name]["losses"]
+            results[name]["losses"] = {key: losses[key] for key in every if key in losses}
             data.write_text(json.dumps(results) + "\n")
     results = {name: results[name] for name in TASKS if name in results}
     made = list(tables(results))
