@@ -24,8 +24,12 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
       of the step before the loss's arguments and returns ``(value, (grad, hess_diag), refreshed)``.
       At steps that ``k`` does not divide, ``hess_diag`` is 0 and ``refreshed`` is False: handed on
       as ``refreshed=``, the optimizers here leave their averages of the curvature as they are.
-      Auxiliary data must be arrays. The two ways are branches of one ``lax.cond``, in which
-      convolutions on a CPU are slow (jax-ml/jax#12868): there, choose between two jitted functions.
+      Auxiliary data must be arrays.
+
+      The two ways are branches of one ``lax.cond``, unless the number of the step is a Python int,
+      static under ``jit``: then only the one it asks for is traced, and ``refreshed`` is a Python
+      bool. Two compiled programs, for ``min(step % k, 1)``, are faster than one with a branch where
+      memory is what limits a step, or convolutions on a CPU (jax-ml/jax#12868).
 
     Raises:
       ValueError: ``k`` is less than 1.
@@ -63,11 +67,13 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
                 value, grad = without(*args, **kwargs)
                 return value, (grad, jax.tree.map(jnp.zeros_like, grad))
 
+            def diagonal() -> Any:
+                return with_diagonal(*args, **kwargs)
+
+            if isinstance(step, int):
+                return (*gradient(), False) if step % k else (*diagonal(), True)
             refreshed = jnp.equal(step % k, 0)
-            value, result = jax.lax.cond(
-                refreshed, lambda: with_diagonal(*args, **kwargs), gradient
-            )
-            return value, result, refreshed
+            return *jax.lax.cond(refreshed, diagonal, gradient), refreshed
 
         return every_fun
 

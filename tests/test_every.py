@@ -69,6 +69,17 @@ def test_argnums_aux_and_curvature_are_handed_on():
     assert not any(leaf.any() for leaf in jax.tree.leaves(hess_diag))
 
 
+def test_a_static_step_leaves_no_branch():
+    every = hs.value_and_hesscale_every(3)(loss)
+    for step in (0, 1):
+        traced = jax.jit(every, static_argnums=0).trace(step, tree_of(0), X)
+        assert "cond" not in str(traced.jaxpr)
+        *received, fresh = every(step, tree_of(0), X)
+        assert fresh is (step == 0)
+        *expected, _ = every(jnp.asarray(step), tree_of(0), X)
+        assert_close(received, expected)
+
+
 def test_k_is_checked():
     with pytest.raises(ValueError, match="k must be 1 or more"):
         hs.value_and_hesscale_every(0)
