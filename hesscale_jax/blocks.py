@@ -165,12 +165,18 @@ def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
     return tuple(result)
 
 
-def broadcast_behind(spans: Spans, old: Value, new: Value, dimensions: Sequence[int]) -> Spans:
+def broadcast_like(
+    block: Block, spans: Spans, old: Value, new: Value, dimensions: Sequence[int]
+) -> Spans:
     """The spans after an explicit broadcast of a value that does not fill its frame.
 
-    A new dimension lies right behind the one before it.
+    It is there to meet a value of its shape, and lies as one does; else a new dimension lies right
+    behind the one before it.
     """
     kept = {i: spans[j] for j, i in enumerate(dimensions) if old.shape[j] == new.shape[i]}
+    for value, placed in block.spans.items():
+        if value.shape == new.shape and all(placed[i] == span for i, span in kept.items()):
+            return placed
     result, behind = [], 1
     for i, n in enumerate(new.shape):
         lo, hi = kept.get(i, (behind, behind * n)) if n > 1 else NOTHING
@@ -376,7 +382,7 @@ class _Grouping:
             reduced = merged(spans[i] for i in axes) or None
             made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.shape)
         elif eqn.name == "broadcast_in_dim":
-            made = broadcast_behind(spans, operand, result, eqn.params["broadcast_dimensions"])
+            made = broadcast_like(block, spans, operand, result, eqn.params["broadcast_dimensions"])
         else:
             made = reshaped(spans, result.shape)
         block.place({operand: spans, result: made}, reduced)

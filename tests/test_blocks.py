@@ -72,3 +72,11 @@ def test_a_vector_along_rows_and_along_columns_is_not_at_two_places():
 
     found = blocks(fun, normal(4, 4), normal(4, seed=1))
     assert len(found) > 1
+
+
+def test_a_broadcast_lies_as_the_value_that_it_meets():
+    def fun(x, w):
+        mean, sine = jnp.mean(x, axis=0, keepdims=True), jnp.sin(w)
+        return mean * sine * mean * jnp.broadcast_to(sine, mean.shape)
+
+    assert len(blocks(fun, normal(2, 3, 2), normal(1, 1, 1))) == 1
