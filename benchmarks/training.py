@@ -264,9 +264,9 @@ def best_rate(by_rate: dict[str, list[list[float]]]) -> str:
 
 
 def one_for_all(results: dict[str, Any], method: str) -> str:
-    rates = next(iter(results.values()))["losses"][method]
+    tried = [r["losses"][method] for r in results.values()]
     return min(
-        rates,
+        (rate for rate in tried[0] if all(rate in by_rate for by_rate in tried)),
         key=lambda rate: sum(math.log(final(r["losses"][method][rate])) for r in results.values()),
     )
 
