@@ -17,7 +17,7 @@ from flax import nnx
 
 Activation = Callable[[jax.Array], jax.Array]
 Params = Any
-Batch = tuple[jax.Array, jax.Array]
+Batch = tuple[Any, ...]
 
 
 class MLP(nnx.Module):
@@ -100,6 +100,65 @@ class ThreeConvThreeDense(nnx.Module):
         return self.dense(x.reshape(x.shape[0], -1))
 
 
+class ResidualBlock(nnx.Module):
+    """Twice convolution and normalisation, beside a shortcut; halves the image if strided."""
+
+    def __init__(self, m: int, n: int, stride: int, norm: Callable[..., Any], rngs: nnx.Rngs):
+        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
+        self.conv1, self.norm1 = conv(m, n, (3, 3), strides=stride), norm(n, rngs=rngs)
+        self.conv2, self.norm2 = conv(n, n, (3, 3)), norm(n, rngs=rngs)
+        self.shortcut = nnx.List([])
+        if stride > 1 or m != n:
+            self.shortcut = nnx.List([conv(m, n, (1, 1), strides=stride), norm(n, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        for layer in self.shortcut:
+            x = layer(x)
+        return jax.nn.relu(x + y)
+
+
+class ResNet(nnx.Module):
+    """A convolution, residual blocks of these widths, the mean over the image, a linear layer.
+
+    A block that is wider than the one before it halves the image. Inputs NHWC.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        classes: int,
+        norm: Callable[..., Any] = nnx.BatchNorm,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.stem = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.norm = norm(widths[0], rngs=rngs)
+        self.blocks = nnx.List(
+            ResidualBlock(m, n, 2 if n > m else 1, norm, rngs)
+            for m, n in zip((widths[0], *widths), widths, strict=False)
+        )
+        self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(self.norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(axis=(1, 2)))
+
+
+class LSTM(nnx.Module):
+    """A recurrent layer as wide as its inputs, and a linear layer on its last output."""
+
+    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
+        self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs))
+        self.head = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.rnn(x)[:, -1])
+
+
 class CausalSelfAttention(nnx.Module):
     """Multi-head attention of each token to itself and those before it."""
 
@@ -131,7 +190,10 @@ class TransformerBlock(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A decoder-only transformer with learned positions and an untied head."""
+    """A decoder-only transformer with learned positions and an untied head.
+
+    Its layers are a list; or one layer with stacked parameters, scanned over and checkpointed.
+    """
 
     def __init__(
         self,
@@ -141,19 +203,29 @@ class GPT(nnx.Module):
         heads: int,
         layers: int,
         *,
+        scan: bool = False,
         rngs: nnx.Rngs,
     ):
         # Not nnx.Embed: it casts its table to the type that it was made with, so to float32.
         self.token = nnx.Param(rngs.params.normal((vocabulary, width)))
         self.position = nnx.Param(rngs.params.normal((length, width)))
-        self.blocks = nnx.List(TransformerBlock(width, heads, rngs=rngs) for _ in range(layers))
+        if scan:
+            stack = nnx.vmap(lambda rngs: TransformerBlock(width, heads, rngs=rngs))
+            self.blocks = stack(rngs.split(layers))
+        else:
+            self.blocks = nnx.List(TransformerBlock(width, heads, rngs=rngs) for _ in range(layers))
+        self.scan = scan
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.token[tokens] + self.position[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+        if self.scan:
+            apply = nnx.remat(lambda x, block: block(x))
+            x = nnx.scan(apply, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        else:
+            for block in self.blocks:
+                x = block(x)
         return self.head(self.norm(x))
 
 
@@ -181,8 +253,11 @@ class Task:
     vocabulary: int | None = None
 
     def draw(self, seed: int, dtype: jax.typing.DTypeLike) -> tuple[Params, Batch]:
-        """Random parameters and a random batch; floating-point arrays are of the given type."""
-        params = nnx.state(self.model(rngs=nnx.Rngs(seed)))
+        """Random parameters, and a batch: the model's other state, random inputs and labels.
+
+        Floating-point parameters and inputs are of the given type.
+        """
+        params, rest = nnx.state(self.model(rngs=nnx.Rngs(seed)), nnx.Param, ...)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         input_key, label_key = jax.random.split(jax.random.key(seed))
         shape = (self.batch, *self.input_shape)
@@ -192,18 +267,21 @@ class Task:
         else:
             inputs = jax.random.randint(input_key, shape, 0, self.vocabulary)
             labels = jax.random.randint(label_key, shape, 0, self.classes)
-        return params, (inputs, labels)
+        return params, (rest, inputs, labels)
 
     @functools.cached_property
-    def predict(self) -> Callable[[Params, jax.Array], jax.Array]:
-        """The logits, as a function of the parameters and the inputs."""
+    def predict(self) -> Callable[[Params, Any, jax.Array], jax.Array]:
+        """The logits, as a function of the parameters, the model's other state and the inputs."""
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.model(rngs=nnx.Rngs(0))))
-        return lambda params, inputs: nnx.merge(graphdef, params)(inputs)
+        # A copy, whose running statistics may be renewed within a trace.
+        return lambda params, rest, inputs: nnx.merge(graphdef, params, rest, copy=True)(inputs)
 
     @functools.cached_property
-    def loss(self) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-        """The mean cross-entropy, as a function of the parameters, the inputs and the labels."""
-        return lambda params, inputs, labels: cross_entropy(self.predict(params, inputs), labels)
+    def loss(self) -> Callable[..., jax.Array]:
+        """The mean cross-entropy, as a function of the parameters and the batch."""
+        return lambda params, rest, inputs, labels: cross_entropy(
+            self.predict(params, rest, inputs), labels
+        )
 
 
 def mlp_task(
@@ -262,5 +340,14 @@ COST_TASKS = {
     "3c3d-relu": Task(
         functools.partial(ThreeConvThreeDense, 10, jax.nn.relu), input_shape=(32, 32, 3), batch=32
     ),
+    "resnet-18": Task(
+        functools.partial(ResNet, sorted([64, 128, 256, 512] * 2), 10),
+        input_shape=(32, 32, 3),
+        batch=16,
+    ),
     "gpt-256": gpt_task(4, vocabulary=1000, length=128, width=256, heads=4, layers=4),
+    "gpt-256-scanned": gpt_task(
+        4, vocabulary=1000, length=128, width=256, heads=4, layers=4, scan=True
+    ),
+    "lstm-256": Task(functools.partial(LSTM, 256, 10), input_shape=(64, 256), batch=32),
 }

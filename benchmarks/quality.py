@@ -63,19 +63,21 @@ def second_derivatives(fun: Callable[[Any], jax.Array], at: Any, along: Any) -> 
     return value, slope, bend
 
 
-def exact_diagonals(task: Task, params: Params, inputs: jax.Array, labels: jax.Array) -> Diagonals:
+def exact_diagonals(task: Task, params: Params, *batch: Any) -> Diagonals:
     """Of the Hessian, and of the generalised Gauss-Newton matrix, one coordinate after another.
 
     With logits `z(p)` and loss `L(z)`, along a coordinate: `d2L/dp2 = L'' (dz/dp)^2 + L' d2z/dp2`,
     whose first term is the Gauss-Newton matrix's.
     """
 
+    *inputs, labels = batch
+
     def loss(logits: jax.Array) -> jax.Array:
         return cross_entropy(logits, labels)
 
     def entries(coordinate: Params) -> tuple[jax.Array, jax.Array]:
         logits, slope, bend = second_derivatives(
-            lambda p: task.predict(p, inputs), params, coordinate
+            lambda p: task.predict(p, *inputs), params, coordinate
         )
         *_, gauss_newton = second_derivatives(loss, logits, slope)
         return gauss_newton + jnp.vdot(jax.grad(loss)(logits), bend), gauss_newton

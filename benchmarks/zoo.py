@@ -25,10 +25,11 @@ import numpy as np
 import optax
 from flax import linen, nnx
 from jax import lax
-from models import MLP, Batch, Params, cross_entropy
+from models import MLP, Batch, Params, ResNet, cross_entropy
 
 CLASSES = 10
 IMAGE = (8, 8, 3)
+RESNET_WIDTHS = (6, 8)
 VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 10, 6, 8, 2, 2
 STEPS, FEATURES, STEP_CLASSES = 10, 4, 5
 
@@ -120,48 +121,12 @@ def sequences(key: jax.Array) -> Batch:
 # Images
 
 
-class ResidualBlock(nnx.Module):
-    """Twice convolution and normalisation, beside a shortcut; halves the image if strided."""
-
-    def __init__(self, m: int, n: int, stride: int, norm: Callable[..., Any], rngs: nnx.Rngs):
-        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
-        self.conv1, self.norm1 = conv(m, n, (3, 3), strides=stride), norm(n, rngs=rngs)
-        self.conv2, self.norm2 = conv(n, n, (3, 3)), norm(n, rngs=rngs)
-        self.shortcut = nnx.List([])
-        if stride > 1 or m != n:
-            self.shortcut = nnx.List([conv(m, n, (1, 1), strides=stride), norm(n, rngs=rngs)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        for layer in self.shortcut:
-            x = layer(x)
-        return jax.nn.relu(x + y)
-
-
-class ResNet(nnx.Module):
-    """A convolution, residual blocks of widths 6 and 8, the mean over the image, a linear layer."""
-
-    def __init__(self, norm: Callable[..., Any], rngs: nnx.Rngs):
-        self.stem = nnx.Conv(IMAGE[-1], 6, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = norm(6, rngs=rngs)
-        self.blocks = nnx.List(
-            [ResidualBlock(6, 6, 1, norm, rngs), ResidualBlock(6, 8, 2, norm, rngs)]
-        )
-        self.head = nnx.Linear(8, CLASSES, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = jax.nn.relu(self.norm(self.stem(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(axis=(1, 2)))
-
-
 def resnet_batch_norm(*, train: bool) -> Model:
     """Evaluated with the statistics of another batch."""
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        model = ResNet(functools.partial(nnx.BatchNorm, momentum=0.0), rngs)
+        norm = functools.partial(nnx.BatchNorm, momentum=0.0)
+        model = ResNet(RESNET_WIDTHS, CLASSES, norm, rngs=rngs)
         model.train()
         model(rngs.normal((8, *IMAGE), jnp.float32))
         model.set_attributes(use_running_average=not train)
@@ -172,7 +137,7 @@ def resnet_batch_norm(*, train: bool) -> Model:
 
 def resnet_group_norm() -> Model:
     norm = functools.partial(nnx.GroupNorm, num_groups=2)
-    return nnx_model(lambda rngs: ResNet(norm, rngs), classify, images)
+    return nnx_model(lambda rngs: ResNet(RESNET_WIDTHS, CLASSES, norm, rngs=rngs), classify, images)
 
 
 class SelfAttention(nnx.Module):
