@@ -145,6 +145,12 @@ def listed(results: Any, eqn: Equation) -> list[Any]:
     return [results] if len(eqn.outputs) == 1 else list(results)
 
 
+def is_on_one_cpu(*arrays: Any) -> bool:
+    """Whether arrays are for the CPU, as far as tracing tells, and on no explicit mesh."""
+    explicit = any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
+    return jax.default_backend() == "cpu" and not explicit
+
+
 @contextlib.contextmanager
 def context(eqn: Equation) -> Iterator[None]:
     """What is bound inside carries the user's line, name scope and settings of ``eqn``."""

@@ -1,34 +1,35 @@
 """The arithmetic inside a block of :mod:`hesscale_jax.blocks`: exact, off-diagonal terms included.
 
 The *sources* of a block are the values it reads; their entries are taken as independent. A value is
-*local* if each of its entries depends on the sources' entries at its own position alone. Relative
-to local values ``l`` and to the reductions ``s_j`` of the block, a value ``v`` has, at its own
-position,
+*local* if each of its entries depends on the sources' entries at its own position alone. Others
+take in reductions. Covariances follow the program, from a value to its operands,
 
-    D[v, l]    dv/dl
-    U[v, j]    dv/ds_j
+    y = phi(a, b, ...)   cov(y, z) = sum_a phi_a cov(a, z)
+                         shift_y = sum_a phi_a shift_a + sum_ab phi_ab cov(a, b)
 
-and a reduction has ``w[j, l] = ds_j/dl`` and, with the others, a covariance ``V[j, k]``. Over the
-sources ``x_i``, with their spreads ``v_i``,
+down to local values ``l`` and reductions ``s_j``. With the spreads ``v_i`` of the sources ``x_i``,
 
     c(l, m) = sum_i dl/dx_i dm/dx_i v_i
-    cov(a, b) = sum_lm (D_al D_bm + sum_j (D_al U_bj + D_bl U_aj) w_jm) c(l, m)
-                + sum_jk U_aj U_bk V_jk
-    V_jk = sum_lm sum over the reduced axes of w_jl w_km c(l, m)
-    y = phi(a, b, ...)   shift_y = sum_a phi_a shift_a + sum_ab phi_ab cov(a, b)
-    s = sum_k c_k u_k    w_s = c D_u + sum_j (sum_k c U_uj) w_j,   shift_s = sum_k c shift_u
+    cov(l, s_j) = sum_m w_jm c(l, m)                w_jm = ds_j/dm
+    cov(s_j, s_k) = sum over the reduced axes of sum_l w_jl cov(l, s_k)
+
+For a reduction of ``u``, with ``D_l = du/dl`` and ``U_k = du/ds_k`` at its own position,
+
+    s = sum_i c_i u_i    w_s = c D + sum_k (sum_i c_i U_k) w_k,   shift_s = sum_i c_i shift_u
 
 and a value that leaves the block leaves with spread cov(v, v).
 
 Most values need none of this written out: whatever is computed from one value alone, its *root*,
 has a slope ``dv/d(root)``, and ``cov(a, b) = slope_a slope_b cov(root_a, root_b)``. Sources,
-reductions and results in which different roots meet are roots; only they have D and U.
+reductions and results in which different roots meet are roots; and a value that is broadcast, so
+that what holds for all of its copies is computed once.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value
+from hesscale_jax._jaxpr import Equation, Value, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise
@@ -56,24 +57,28 @@ class Local:
 
     of_source: dict[Value, Coefficient]
     repeated: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(eq=False)
-class Mixed:
-    """A root that takes in reductions, by ``D`` and ``U``."""
-
-    of_local: dict[Local, Coefficient]
-    of_sum: dict["Sum", Coefficient]
+    depth: ClassVar[int] = 0
 
 
 @dataclasses.dataclass(eq=False)
 class Sum:
-    """A reduction, by ``w``."""
+    """A reduction, by its derivatives ``w`` in local roots."""
 
     of_local: dict[Local, Coefficient]
+    depth: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(eq=False)
+class Mixed:
+    """A root that takes in reductions, by its derivatives in what it is computed from."""
+
+    parts: dict["Root | Sum", Coefficient]
+    depth: int  # more than that of any part
 
 
 Root = Local | Mixed
+
+DEEPEST = 50  # of roots: covariances recurse from each to its parts
 
 
 @dataclasses.dataclass
@@ -95,7 +100,7 @@ class BlockArithmetic:
         self._spread_of = spread_of
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Value, Any] = {}  # of sources, in the frame
-        self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots, and of sums
+        self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
 
     # One equation
 
@@ -127,7 +132,7 @@ class BlockArithmetic:
         bent = {}
         if curved:
             bent = {pair: self._enter(_plain(c), spans) for pair, c in curvatures.items()}
-        parts = {i: self._read(eqn.inputs[i]) for i in active}
+        parts = {i: self._part(eqn.inputs[i], value) for i in active}
         self._derived[value] = self._compose(parts, entered)
         shift = total(_as(shift, value), self._bend(parts, bent, value))
         return Moments(y, shift)
@@ -144,7 +149,7 @@ class BlockArithmetic:
         else:
             weights = _plain(rule.weights(eqn, primals, s))
             c = times(self._enter(weights, self._block.spans[operand]), u.slope)
-            self._derived[value] = Derived(Mixed({}, {self._sum_of(u.root, c): 1.0}))
+            self._derived[value] = Derived(_mixed({self._sum_of(u.root, c): 1.0}))
         return Moments(s, shift)
 
     def view(self, eqn: Equation, operands: Sequence[Moments]) -> Moments:
@@ -157,7 +162,7 @@ class BlockArithmetic:
     def spread(self, value: Value) -> Any:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
-        return self._leave(times(times(v.slope, v.slope), self._cov(v.root, v.root)), value)
+        return self._leave(times(v.slope, times(v.slope, self._cov(v.root, v.root))), value)
 
     # Handing a block over from one trace to another
 
@@ -193,6 +198,13 @@ class BlockArithmetic:
             self._derived[value] = Derived(Local({value: 1.0}, repeated))
         return self._derived[value]
 
+    def _part(self, operand: Value, result: Value) -> Derived:
+        """An operand of a result, as a root of its own if it is broadcast to it."""
+        part = self._read(operand)
+        if not isinstance(part.slope, float) and size(operand.shape) < size(result.shape):
+            part = self._derived[operand] = Derived(_composite({part.root: part.slope}))
+        return part
+
     def _compose(self, parts: dict[int, Derived], slopes: dict[int, Coefficient]) -> Derived:
         by_root: dict[Root, Coefficient] = {}
         for i, slope in slopes.items():
@@ -200,19 +212,7 @@ class BlockArithmetic:
             by_root[root] = plus(by_root.get(root), times(slope, parts[i].slope))
         if len(by_root) == 1:
             return Derived(*next(iter(by_root.items())))
-        local = Local({})
-        for root, slope in by_root.items():
-            if isinstance(root, Mixed) or root.repeated:
-                break
-            _add(local.of_source, root.of_source, slope)
-        else:
-            return Derived(local)
-        made = Mixed({}, {})
-        for root, slope in by_root.items():
-            part = _written_out(root)
-            _add(made.of_local, part.of_local, slope)
-            _add(made.of_sum, part.of_sum, slope)
-        return Derived(made)
+        return Derived(_composite(by_root))
 
     def _bend(
         self, parts: dict[int, Derived], curvatures: dict[tuple[int, int], Any], value: Value
@@ -229,65 +229,51 @@ class BlockArithmetic:
         return _as(self._leave(total(*terms), value), value)
 
     def _sum_of(self, root: Root, c: Coefficient) -> Sum:
-        """``w = c D_u + sum_j (sum_k c U_uj) w_j`` for a root ``u``."""
-        u = _written_out(root)
-        w = {
-            local: self._sum(times(c, d), local.repeated, missing=True)
-            for local, d in u.of_local.items()
-        }
-        for j, d in u.of_sum.items():
-            _add(w, j.of_local, self._sum(times(c, d), self._reduced, missing=True))
+        """``w = c D + sum_k (sum_i c_i U_k) w_k`` for a root ``u``."""
+        w: dict[Local, Coefficient] = {}
+        for leaf, d in _leaves({root: c}).items():
+            if isinstance(leaf, Local):
+                _add(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
+            else:
+                _add(w, leaf.of_local, self._sum(d, self._reduced, missing=True))
         return Sum(w)
 
     # Covariances: linear in the spreads of the sources
 
-    def _cov(self, a: Root, b: Root) -> Any:
-        local = isinstance(a, Local) and isinstance(b, Local)
-        return self._once(a, b, self._local_cov if local else self._mixed_cov)
+    def _cov(self, a: Root | Sum, b: Root | Sum) -> Any:
+        """A covariance, computed for a pair when it is first asked for."""
+        if (a, b) not in self._covariances:
+            self._covariances[a, b] = self._covariances[b, a] = self._covariance(a, b)
+        return self._covariances[a, b]
 
-    def _local_cov(self, a: Local, b: Local) -> Any:
-        """``c(a, b)``"""
+    def _covariance(self, a: Root | Sum, b: Root | Sum) -> Any:
+        if a.depth < b.depth:
+            a, b = b, a
+        if isinstance(a, Mixed):
+            return self._mixed_cov(a, b)
+        if isinstance(a, Sum):
+            terms = (times(w, self._cov(x, b)) for x, w in a.of_local.items())
+            if isinstance(b, Sum):
+                # Each term by itself: one of repeated sources is not there at every position.
+                terms = (self._sum(x, self._reduced) for x in terms)
+            return total(*terms)
+        assert isinstance(b, Local)
         return total(
             *(
-                times(times(d, b.of_source[source]), self._spreads.get(source))
+                times(d, times(b.of_source[source], self._spreads.get(source)))
                 for source, d in a.of_source.items()
                 if source in b.of_source
             )
         )
 
-    def _mixed_cov(self, a: Root, b: Root) -> Any:
-        a_parts, b_parts = _written_out(a), _written_out(b)
-        local = _pairs(a_parts.of_local, b_parts.of_local, self._cov)
-        sums = _pairs(a_parts.of_sum, b_parts.of_sum, self._sum_cov)
-        if a is b:
-            return total(*local, times(2.0, self._cross(a_parts, a_parts)), *sums)
-        return total(*local, self._cross(a_parts, b_parts), self._cross(b_parts, a_parts), *sums)
-
-    def _cross(self, a: Mixed, b: Mixed) -> Any:
-        """``sum_j sum_lm D_al U_bj w_jm c(l, m)``"""
-        return total(
-            *(
-                times(u, total(*_pairs(a.of_local, j.of_local, self._cov)))
-                for j, u in b.of_sum.items()
-            )
-        )
-
-    def _sum_cov(self, j: Sum, k: Sum) -> Any:
-        """``V_jk``"""
-
-        def summed(j: Sum, k: Sum) -> Any:
-            # Each term by itself: one of repeated sources is not there at every position.
-            return total(
-                *(self._sum(x, self._reduced) for x in _pairs(j.of_local, k.of_local, self._cov))
-            )
-
-        return self._once(j, k, summed)
-
-    def _once(self, a: Any, b: Any, cov: Callable[[Any, Any], Any]) -> Any:
-        """A covariance, computed for a pair when it is first asked for."""
-        if (a, b) not in self._covariances:
-            self._covariances[a, b] = self._covariances[b, a] = cov(a, b)
-        return self._covariances[a, b]
+    def _mixed_cov(self, a: Mixed, b: Root | Sum) -> Any:
+        """``sum_l a_l cov(l, b)`` over the parts of ``a``."""
+        if a is not b:
+            return total(*(times(d, self._cov(x, b)) for x, d in a.parts.items()))
+        squares = (times(d, times(d, self._cov(x, x))) for x, d in a.parts.items())
+        pairs = itertools.combinations(a.parts.items(), 2)
+        mixed = (times(d, times(e, self._cov(x, y))) for (x, d), (y, e) in pairs)
+        return total(*squares, times(2.0, total(*mixed)))
 
     # Between the shape of a value and the block's frame
 
@@ -342,8 +328,33 @@ def _as(shift: Any, value: Value) -> Any:
     return lax.convert_element_type(jnp.broadcast_to(shift, value.shape), value.dtype)
 
 
-def _written_out(root: Root) -> Mixed:
-    return root if isinstance(root, Mixed) else Mixed({root: 1.0}, {})
+def _composite(parts: dict[Any, Coefficient]) -> Root:
+    """A root by its derivatives in other roots."""
+    of_source: dict[Value, Coefficient] = {}
+    for root, slope in parts.items():
+        if isinstance(root, Mixed) or root.repeated:
+            return _mixed(parts)
+        _add(of_source, root.of_source, slope)
+    return Local(of_source)
+
+
+def _mixed(parts: dict[Any, Coefficient]) -> Mixed:
+    depth = 1 + max(x.depth for x in parts)
+    return Mixed(parts, depth) if depth <= DEEPEST else Mixed(_leaves(parts), 2)
+
+
+def _leaves(parts: dict[Any, Coefficient]) -> dict[Any, Coefficient]:
+    """Derivatives in locals and reductions, of what is given by its derivatives in any roots."""
+    left, leaves = dict(parts), {}
+    while left:
+        # The deepest first, so that each is taken apart once.
+        root = max(left, key=lambda x: x.depth)
+        slope = left.pop(root)
+        if isinstance(root, Mixed):
+            _add(left, root.parts, slope)
+        else:
+            leaves[root] = slope
+    return leaves
 
 
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
@@ -372,13 +383,6 @@ def plus(a: Coefficient, b: Coefficient) -> Coefficient:
     if a is None or b is None:
         return b if a is None else a
     return _number(a) + _number(b)
-
-
-def _pairs(
-    a: dict[Any, Coefficient], b: dict[Any, Coefficient], cov: Callable[[Any, Any], Any]
-) -> list[Any]:
-    """The terms ``a_x b_y cov(x, y)``."""
-    return [times(times(d, e), cov(x, y)) for x, d in a.items() for y, e in b.items()]
 
 
 def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:

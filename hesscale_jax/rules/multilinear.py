@@ -39,10 +39,10 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
         return factor * factor
 
     def product(a: Any, b: Any) -> Any:
-        return None if a is None or b is None else _jaxpr.bind(eqn, a, b, *rest)
+        return None if a is None or b is None else _bind(eqn, a, b, *rest)
 
     def spread(a: Any, b: Any) -> Any:
-        y = _jaxpr.bind(eqn, a, b, *rest, **precise)
+        y = _bind(eqn, a, b, *rest, **precise)
         return y if wide == result else lax.convert_element_type(y, result)
 
     y = Moments(
@@ -54,6 +54,51 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
         ),
     )
     return [_with_squares(eqn, x, y, recurse.curved) if _is_gram(eqn) else y]
+
+
+def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
+    """``f(x, w)``, in a ``dot_general`` with adjacent axes as one where they are treated alike.
+
+    So ``x`` of shape ``(batch, length, n)`` is a matrix. The transpose of its product in ``w`` sums
+    over two axes otherwise, for which XLA on the CPU copies an operand, and computes once more in
+    the copy whatever made it. Elsewhere there is no copy, and the axes may be sharded.
+    """
+    if eqn.name != "dot_general" or not _jaxpr.is_on_one_cpu(x, w):
+        return _jaxpr.bind(eqn, x, w, *rest, **changes)
+    (of_x, of_w), (batch_x, batch_w) = eqn.params["dimension_numbers"]
+    axes_x = _merged(x.ndim, dict(zip(of_x, of_w, strict=True)), batch_x)
+    axes_w = _merged(w.ndim, dict(zip(of_w, of_x, strict=True)), batch_w)
+    summed = [(i, w_axis) for i, w_axis in zip(of_x, of_w, strict=True) if i in axes_x]
+    numbers = (
+        ([axes_x.index(i) for i, _ in summed], [axes_w.index(i) for _, i in summed]),
+        ([axes_x.index(i) for i in batch_x], [axes_w.index(i) for i in batch_w]),
+    )
+    y = _jaxpr.bind(
+        eqn,
+        _with_axes(x, axes_x),
+        _with_axes(w, axes_w),
+        **changes,
+        dimension_numbers=tuple(tuple(map(tuple, sides)) for sides in numbers),
+    )
+    return lax.reshape(y, eqn.outputs[0].shape)
+
+
+def _merged(rank: int, partner: dict[int, int], batch: Sequence[int]) -> list[int]:
+    """The first axis of each run of a factor's axes that are free, or summed with such a run."""
+
+    def joins(i: int) -> bool:
+        if i == 0 or {i - 1, i} & {*batch}:
+            return False
+        if i in partner and i - 1 in partner:
+            return partner[i] == partner[i - 1] + 1
+        return i not in partner and i - 1 not in partner
+
+    return [i for i in range(rank) if not joins(i)]
+
+
+def _with_axes(factor: Any, first: list[int]) -> Any:
+    bounds = zip(first, [*first[1:], factor.ndim], strict=True)
+    return lax.reshape(factor, [math.prod(factor.shape[lo:hi]) for lo, hi in bounds])
 
 
 def _is_gram(eqn: Equation) -> bool:
