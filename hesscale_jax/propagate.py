@@ -16,10 +16,14 @@ from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import multilinear
-from hesscale_jax.rules.selection import Join, Reduction, Selection
+from hesscale_jax.rules.selection import Join, Reduction, Selection, View
 from hesscale_jax.rules.table import find
 
 __all__ = ["affine_in", "propagate"]
+
+# Besides what is pointwise or a view: primitives as cheap to compute again as to read.
+MOVES = frozenset({"concatenate", "iota", "pad", "slice", "split", "transpose", "unstack"})
+MOVES |= {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "custom_jvp_call"}
 
 
 def propagate(
@@ -226,6 +230,11 @@ class Recursion:
         steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         return _Walk(program, operands, steps, walk.rules, head, True).run()
+
+    def keeps(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+        """A policy of ``jax.checkpoint``: keep what takes more than a pass over its entries."""
+        rule = self._walk.rules.get(primitive.name)
+        return not (isinstance(rule, Pointwise | View | Join) or primitive.name in MOVES)
 
     def moving(self, body: Body) -> list[bool]:
         """Which inputs of a body have a shift and a spread: in a loop, at any step."""

@@ -7,6 +7,7 @@ takes the entries of what it is handed as independent: off-diagonal terms betwee
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -34,7 +35,9 @@ class ControlFlow:
 def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``carry, y = body(constants, carry, x)`` in order, with moments in the carry.
 
-    What a step hands to the next has moments from the start if it has at any step.
+    What a step hands to the next has moments from the start if it has at any step. What is kept of
+    a step for the transpose are the results of products, reductions and the like; what is cheap to
+    compute again from them, entry by entry, is.
     """
     (body,) = eqn.bodies
     consts, carry, xs = ([operands[i] for i in group] for group in _jaxpr.scan_groups(eqn))
@@ -44,6 +47,8 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
         results = recurse(body, [*consts, *carry, *xs])
         return _filled(results[: len(carry)], moving), results[len(carry) :]
 
+    if not any(inner.region for inner in body.program.equations):  # of a checkpoint of the user's
+        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.keeps)
     how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(step, _filled(carry, moving), xs, **how)
     return [*carry, *ys]
