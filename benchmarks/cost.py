@@ -231,10 +231,11 @@ def draw(results: dict[str, Result], path: Path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     for ax in axes:
         ax.minorticks_off()
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=8, labelbottom=True)
         ax.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        "time by that of the gradient: median and quartiles; the dotted line is at 5/3", fontsize=9
+        "time as a multiple of the gradient's: median and quartiles; the dotted line is at 5/3",
+        fontsize=9,
     )
     figure.savefig(path, dpi=150)
 
@@ -248,12 +249,13 @@ def draw_ratio(ax: Any, y: int, name: str, summary: dict[str, float]) -> None:
     ax.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.4)
     ax.plot(ratio, y, "o" if ratio < WIDEST else ">", color=colour, markersize=4)
     ax.annotate(
-        f"{summary['ratio']:.{2 if summary['ratio'] < 10 else 0}f}",
+        f"{summary['ratio']:,.{2 if summary['ratio'] < 10 else 0}f}",
         (high, y),
-        (4, 0),
+        (5, 0),
         textcoords="offset points",
         verticalalignment="center",
         fontsize=7,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
     )
 
 
@@ -267,7 +269,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[""], help="whose names contain one")
     parser.add_argument("--every", nargs="*", default=["mlp-1024-relu"], metavar="MODEL")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, help="of timing a model or a size: 30, or 4")
+    parser.add_argument("--seconds", type=float, help="of timing a model, 30, or a size, 3")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--output", type=Path, help="where, without a suffix")
     modes = parser.add_mutually_exclusive_group()
@@ -277,10 +279,12 @@ def main() -> None:
     options = parser.parse_args()
 
     if missing := [name for name in ("somax", "backpack") if not importlib.util.find_spec(name)]:
-        console.print(f"Without {' and '.join(missing)}. To install them: pip install '.[peers]'")
+        print(
+            f"Without {' and '.join(missing)}. To install what is missing: pip install '.[peers]'"
+        )
     jax.block_until_ready(jax.jit(jax.grad(jnp.sin))(1.0))  # start JAX up before it is timed
     if options.scaling:
-        scaling.run(options.output or RESULTS / "scaling", options.seconds or 4, options.rounds)
+        scaling.run(options.output or RESULTS / "scaling", options.seconds or 3, options.rounds)
     elif options.tracing:
         tracing.run(options.output or RESULTS / "tracing")
     else:

@@ -34,7 +34,7 @@ class Table:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*row)
-        console.print(table, *self.notes, sep="\n")
+        console.print(table, *self.notes, sep="\n", markup=False)
 
     def markdown(self) -> str:
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
