@@ -102,7 +102,8 @@ def draw(results: dict[str, dict[int, Any]], path: Path) -> None:
         ax.axhline(5 / 3, color="black", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log", xlabel=sweep)
         ax.minorticks_off()
-        ax.set_xticks(ticks := list(by_size), [f"{n:,}" for n in ticks], fontsize=8)
+        labels = [f"{n // 1000}k" if n >= 10_000 else f"{n}" for n in by_size]
+        ax.set_xticks(list(by_size), labels, fontsize=8)
         ax.set_yticks(ticks := [1, 2, 5, 10, 20], ticks)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time as a multiple of the gradient's")
