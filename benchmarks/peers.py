@@ -6,7 +6,8 @@
     exact                  a Hessian-vector product for every parameter; small models alone
 
 All take a random key before the arguments of the loss. optax 0.2.8 has no AdaHessian. somax is
-`python-somax` on PyPI, where `somax` is another project.
+`python-somax` on PyPI, where `somax` is another project. Its estimators scan over their samples,
+even one, and convolutions within a loop are slow on a CPU (jax-ml/jax#12868).
 """
 
 import importlib.util
