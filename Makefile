@@ -32,7 +32,7 @@ format: $(VENV)/.installed-dev ## Mend style and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-benchmark-cost: $(VENV)/.installed-benchmarks ## Measure time and memory against those of a gradient
+benchmark-cost: $(VENV)/.installed-peers ## Measure time and memory against those of a gradient
 	$(BIN)/python benchmarks/cost.py $(ARGS)
 
 benchmark-quality: $(VENV)/.installed-benchmarks ## Measure the error against the exact diagonal

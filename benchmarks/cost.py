@@ -1,173 +1,262 @@
-"""What the diagonal costs: HesScale beside `jax.value_and_grad` of the same loss, in float32.
+"""What the diagonal costs: HesScale and its peers beside the gradient of the same loss.
 
 Every method is compiled before anything is timed. The rounds then alternate between the methods in
 one process, so that a change of the machine's speed meets all of them alike. Columns:
 
     ms            median time of one call
-    ratio         median over the rounds of (time of the method) / (time of value_and_grad), then
-                  the quartiles
-    FLOPs, temp   XLA's count of the compiled program's operations, and of its temporary memory,
-                  both relative to value_and_grad
+    ratio         median over the rounds of (time of the method) / (time of the gradient), then the
+                  quartiles
+    FLOPs, bytes, temp   XLA's count of the compiled program's operations, of the bytes that they
+                  access, and of its temporary memory, relative to those of the gradient
     trace, compile   seconds, once, with JAX's caches cleared before
 
-A gradient takes three matrix products a layer and HesScale two more, so that 5/3 is the floor (a
-little less, as the first layer needs no gradient of its input). Hutchinson is one sample, with the
-value and the gradient; drawing it is part of the call. "every 10" is the mean over ten steps of
-`value_and_hesscale_every(10)`, of which one computes the diagonal: in one program with a branch,
-which fills `hess_diag` with zeros at the other nine; or in two, of which the second leaves it out,
-as the compiler does where it goes into an optimizer with `refreshed=False`.
+The gradient is `jax.value_and_grad`; for PyTorch's methods, PyTorch's own. It takes three matrix
+products a layer and HesScale two more, so that 5/3 is the floor (a little less, as the first layer
+needs no gradient of its input). Every method returns the value and the gradient too:
 
-    python benchmarks/cost.py
-    python benchmarks/cost.py --models gpt-256 3c3d-relu --rounds 50 --output cost.md
-    python benchmarks/cost.py --curvature gauss_newton
+    HesScale, HesScaleGN   this library, `curvature="hessian"` and `"gauss_newton"`
+    Hutchinson 1           one sample `z * (H z)`; drawing it is part of the call
+    every 10               the mean over ten steps of `value_and_hesscale_every(10)`, of which one
+                           computes the diagonal: in one program with a branch, which fills
+                           `hess_diag` with zeros at the other nine; or in two, of which the second
+                           leaves it out, as the compiler does where it goes into an optimizer with
+                           `refreshed=False`
+    ... optax, somax       estimators of Sophia and AdaHessian, and the exact diagonal: `peers.py`
+    ... BackPACK           in PyTorch, of the networks that it can do: `peers_torch.py`
+
+What it leaves in `benchmarks/results` is `cost.json`, `cost.md` and `cost.png`. Models that were
+measured before on the same machine stay in them.
+
+    python benchmarks/cost.py                    everything, about a quarter of an hour on two cores
+    python benchmarks/cost.py --models gpt-256 3c3d-relu --methods HesScale --output /tmp/cost
+    python benchmarks/cost.py --models           only draws what was measured before
+    python benchmarks/cost.py --gpu              large models in float32 and bfloat16: cost-gpu.*
+    python benchmarks/cost.py --scaling          over width, depth, batch, ...: `scaling.py`
+    python benchmarks/cost.py --tracing          time to trace and to compile: `tracing.py`
 """
 
 import argparse
 import functools
+import importlib.util
+import itertools
+import json
 import math
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from hutchinson import value_and_hutchinson
-from models import COST_TASKS, Task
+import peers
+import scaling
+import tracing
+from matplotlib.figure import Figure
+from models import COST_TASKS, GPU_TASKS, Task
 from rich.progress import Progress
-from table import Table, console, output_path, write
+from table import Table, console, save
+from timing import (
+    BASELINE,
+    TORCH_BASELINE,
+    Cost,
+    Maker,
+    Program,
+    basic_methods,
+    build,
+    describe,
+    interleave,
+    machine,
+    summarise,
+)
 
 import hesscale_jax as hs
 
-BASELINE = "value_and_grad"
-HESSCALE = {"hessian": "HesScale", "gauss_newton": "HesScaleGN"}
+RESULTS = Path(__file__).parent / "results"
 EVERY = 10  # steps that one diagonal serves
-MINIMUM_SECONDS = 0.02  # a shorter function is called several times for one measurement
+FLOOR = 5 / 3
+TASKS = COST_TASKS | GPU_TASKS
+
+Result = dict[str, Any]  # "methods": by name, their summaries; "unavailable": by name, the reason
 
 
-class Program(NamedTuple):
-    """A compiled method, and what the compiler says of it."""
+def methods_for(task: Task, dtype: str, every: bool) -> dict[str, Maker]:
+    params, batch = task.draw(0, dtype)
+    keyed = (jax.random.key(0), params, *batch)
+    methods = basic_methods(task.loss, (params, *batch))
+    if every:
+        methods |= every_so_often(task, (params, *batch))
+    for name, method in peers.methods(task, params).items():
+        methods[name] = functools.partial(build, method, keyed)
+    if importlib.util.find_spec("backpack"):
+        import peers_torch
 
-    calls: Sequence[Callable[[], Any]]  # What is timed is their mean.
-    flops: float
-    temporary_bytes: int
-    trace_seconds: float
-    compile_seconds: float
-
-
-def build(method: Callable[..., Any], *cases: tuple[Any, ...]) -> Program:
-    """Compiles a method for arguments that differ in value alone."""
-    jax.clear_caches()
-    start = time.perf_counter()
-    traced = jax.jit(method).trace(*cases[0])
-    trace_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    compiled = traced.lower().compile()
-    compile_seconds = time.perf_counter() - start
-    return Program(
-        [functools.partial(compiled, *args) for args in cases],
-        compiled.cost_analysis()["flops"],
-        compiled.memory_analysis().temp_size_in_bytes,
-        trace_seconds,
-        compile_seconds,
-    )
+        methods |= peers_torch.methods(task, dtype)
+    return methods
 
 
-def programs_for(task: Task, curvatures: list[str]) -> dict[str, Program]:
-    params, batch = task.draw(0, jnp.float32)
-    args = (params, *batch)
-    every = hs.value_and_hesscale_every(EVERY)(task.loss)
+def every_so_often(task: Task, args: tuple[Any, ...]) -> dict[str, Maker]:
+    method = hs.value_and_hesscale_every(EVERY)(task.loss)
+
+    def without_diagonal(*args: Any) -> Any:
+        value, (grad, _), _ = method(1, *args)
+        return value, grad
+
+    def two_programs() -> Program:
+        fresh = build(functools.partial(method, 0), args)
+        return taking_turns(fresh, build(without_diagonal, args))
+
+    steps = [(jnp.asarray(step), *args) for step in range(EVERY)]
     return {
-        BASELINE: build(jax.value_and_grad(task.loss), args),
-        **{
-            HESSCALE[curvature]: build(hs.value_and_hesscale(task.loss, curvature=curvature), args)
-            for curvature in curvatures
-        },
-        f"every {EVERY}, a branch": build(
-            every, *((jnp.asarray(step), *args) for step in range(EVERY))
-        ),
-        f"every {EVERY}, two programs": taking_turns(
-            build(functools.partial(every, 0), args),
-            build(lambda *args: without_diagonal(every(1, *args)), args),
-        ),
-        "Hutchinson 1": build(value_and_hutchinson(task.loss), (jax.random.key(0), *args)),
+        f"every {EVERY}, a branch": functools.partial(build, method, *steps),
+        f"every {EVERY}, two programs": two_programs,
     }
-
-
-def without_diagonal(result: Any) -> Any:
-    value, (grad, _), _ = result
-    return value, grad
 
 
 def taking_turns(fresh: Program, stale: Program) -> Program:
     """Ten steps, the first by the one program and the others by the other."""
-    return Program(
-        [*fresh.calls, *stale.calls * (EVERY - 1)],
-        (fresh.flops + (EVERY - 1) * stale.flops) / EVERY,
-        max(fresh.temporary_bytes, stale.temporary_bytes),
-        fresh.trace_seconds + stale.trace_seconds,
-        fresh.compile_seconds + stale.compile_seconds,
+
+    assert fresh.cost
+    assert stale.cost
+    one, other = fresh.cost, stale.cost
+    cost = Cost(
+        (one.flops + (EVERY - 1) * other.flops) / EVERY,
+        (one.bytes_accessed + (EVERY - 1) * other.bytes_accessed) / EVERY,
+        max(one.temporary_bytes, other.temporary_bytes),
+        one.trace_seconds + other.trace_seconds,
+        one.compile_seconds + other.compile_seconds,
     )
+    return Program([*fresh.calls, *stale.calls * (EVERY - 1)], cost)
 
 
-def seconds_per_call(program: Program, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        for call in program.calls:
-            result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / (repeats * len(program.calls))
+def measure(
+    title: str, task: Task, dtype: str, options: argparse.Namespace, progress: Progress
+) -> Result:
+    bar = progress.add_task(title, total=None)
+    programs, unavailable = {}, {}
+    methods = methods_for(task, dtype, every=title in options.every)
+    for name, make in methods.items():
+        if name in (BASELINE, TORCH_BASELINE) or any(part in name for part in options.methods):
+            progress.update(bar, description=f"{title}: compiling {name}")
+            try:
+                programs[name] = make()
+            except NotImplementedError as error:
+                unavailable[name] = str(error)
+    progress.update(bar, description=f"{title}: timing")
+    times = list(interleave(programs, options.seconds or 30, options.rounds))
+    progress.remove_task(bar)
+    return {
+        "rounds": len(times),
+        "methods": summarise(programs, times),
+        "unavailable": unavailable,
+    }
 
 
-def interleave(programs: Mapping[str, Program], rounds: int) -> Iterator[dict[str, float]]:
-    """Seconds per call of every program, round by round; every other round in reverse order."""
-    for program in programs.values():
-        seconds_per_call(program, repeats=2)
-    once = seconds_per_call(programs[BASELINE], repeats=3)
-    repeats = math.ceil(MINIMUM_SECONDS / once)
-    order = list(programs)
-    for _ in range(rounds):
-        yield {name: seconds_per_call(programs[name], repeats) for name in order}
-        order.reverse()
+# What is reported
+
+COLUMNS = {
+    "FLOPs": "flops_ratio",
+    "bytes": "bytes_ratio",
+    "temp": "temporary_memory_ratio",
+    "trace s": "trace_seconds",
+    "compile s": "compile_seconds",
+}
 
 
-def summarise(
-    programs: Mapping[str, Program], times: list[dict[str, float]]
-) -> dict[str, dict[str, float]]:
-    baseline = programs[BASELINE]
-    results = {}
-    for name, program in programs.items():
-        low, median, high = statistics.quantiles([t[name] / t[BASELINE] for t in times], n=4)
-        results[name] = {
-            "ms": 1e3 * statistics.median(t[name] for t in times),
-            "ratio": median,
-            "ratio_lower_quartile": low,
-            "ratio_upper_quartile": high,
-            "flops_ratio": program.flops / baseline.flops,
-            "temporary_memory_ratio": program.temporary_bytes / baseline.temporary_bytes,
-            "trace_seconds": program.trace_seconds,
-            "compile_seconds": program.compile_seconds,
-        }
-    return results
-
-
-def table(title: str, results: dict[str, dict[str, float]]) -> Table:
-    columns = ["", "ms", "ratio", "quartiles", "FLOPs", "temp", "trace s", "compile s"]
+def table(title: str, result: Result) -> Table:
     rows = [
         [
             name,
             f"{r['ms']:.2f}",
             f"{r['ratio']:.2f}",
             f"{r['ratio_lower_quartile']:.2f} to {r['ratio_upper_quartile']:.2f}",
-            f"{r['flops_ratio']:.2f}",
-            f"{r['temporary_memory_ratio']:.2f}",
-            f"{r['trace_seconds']:.2f}",
-            f"{r['compile_seconds']:.2f}",
+            *(f"{r[key]:.2f}" if key in r else "-" for key in COLUMNS.values()),
         ]
-        for name, r in results.items()
+        for name, r in result["methods"].items()
     ]
-    return Table(title, columns, rows)
+    columns = ["", "ms", "ratio", "quartiles", *COLUMNS]
+    rows += [[name, *"-" * (len(columns) - 1)] for name in result["unavailable"]]
+    notes = [f"{name}: {reason}" for name, reason in result["unavailable"].items()]
+    return Table(f"{title}, {result['rounds']} rounds", columns, rows, notes)
+
+
+def tables(data: dict[str, Any]) -> list[Table]:
+    results = data["results"]
+    return [
+        ratios(results, describe(data["machine"])),
+        *(table(title, result) for title, result in results.items()),
+    ]
+
+
+def ratios(results: dict[str, Result], where: str) -> Table:
+    names = method_names(results)
+    rows = [
+        [title, *(f"{r[name]['ratio']:.2f}" if name in r else "-" for name in names)]
+        for title, r in ((title, result["methods"]) for title, result in results.items())
+    ]
+    return Table("Time as a multiple of the gradient's", ["", *names], rows, [where])
+
+
+def method_names(results: dict[str, Result]) -> list[str]:
+    """Those that are compared with a gradient, in the order of a task that has them all."""
+    names = dict.fromkeys(
+        name
+        for result in sorted(results.values(), key=lambda result: -len(result["methods"]))
+        for name in result["methods"]
+    )
+    return [name for name in names if name not in (BASELINE, TORCH_BASELINE)]
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart too.
+COLOURS = {"HesScale": "#D55E00", "every": "#D55E00", "BackPACK": "#009E73", "": "#0072B2"}
+WIDEST = 30  # ratios beyond it are drawn there
+
+
+def draw(results: dict[str, Result], path: Path) -> None:
+    names = method_names(results)
+    columns = min(4, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure = Figure(
+        figsize=(2 + 2.4 * columns, rows * (0.5 + 0.19 * len(names)) + 0.4), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax, (title, result) in zip(axes, results.items(), strict=False):
+        ax.set_title(title, fontsize=9)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.axvline(FLOOR, color="black", linewidth=0.8, linestyle=":")
+        for y, name in enumerate(names):
+            if name in result["methods"]:
+                draw_ratio(ax, y, name, result["methods"][name])
+    for ax in axes[len(results) :]:
+        ax.set_axis_off()
+    axes[0].set(xscale="log", xlim=(0.85, 4 * WIDEST), ylim=(len(names) - 0.5, -0.5))
+    axes[0].set_xticks(ticks := [1, 2, 5, 10, 30], ticks)
+    axes[0].set_yticks(range(len(names)), names)
+    for ax in axes:
+        ax.minorticks_off()
+        ax.tick_params(labelsize=8, labelbottom=True)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        "time as a multiple of the gradient's: median and quartiles; the dotted line is at 5/3",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def draw_ratio(ax: Any, y: int, name: str, summary: dict[str, float]) -> None:
+    colour = next(colour for part, colour in COLOURS.items() if part in name)
+    low, ratio, high = (
+        min(summary[key], WIDEST)
+        for key in ("ratio_lower_quartile", "ratio", "ratio_upper_quartile")
+    )
+    ax.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.4)
+    ax.plot(ratio, y, "o" if ratio < WIDEST else ">", color=colour, markersize=4)
+    ax.annotate(
+        f"{summary['ratio']:,.{2 if summary['ratio'] < 10 else 0}f}",
+        (high, y),
+        (5, 0),
+        textcoords="offset points",
+        verticalalignment="center",
+        fontsize=7,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )
 
 
 def main() -> None:
@@ -175,42 +264,55 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=COST_TASKS,
-        default=list(COST_TASKS),
-        metavar="MODEL",
-        help=", ".join(COST_TASKS),
+        "--models", nargs="*", choices=TASKS, metavar="MODEL", help=", ".join(TASKS)
     )
-    parser.add_argument("--curvature", nargs="+", choices=HESSCALE, default=list(HESSCALE))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=output_path, help="a .md or .json file to write")
+    parser.add_argument("--methods", nargs="+", default=[""], help="whose names contain one")
+    parser.add_argument("--every", nargs="*", default=["mlp-1024-relu"], metavar="MODEL")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seconds", type=float, help="of timing a model, 30, or a size, 3")
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument("--output", type=Path, help="where, without a suffix")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--gpu", action="store_true")
+    modes.add_argument("--scaling", action="store_true")
+    modes.add_argument("--tracing", action="store_true")
     options = parser.parse_args()
 
+    if missing := [name for name in ("somax", "backpack") if not importlib.util.find_spec(name)]:
+        print(
+            f"Without {' and '.join(missing)}. To install what is missing: pip install '.[peers]'"
+        )
     jax.block_until_ready(jax.jit(jax.grad(jnp.sin))(1.0))  # start JAX up before it is timed
-    results, tables = {}, []
-    with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(options.models) * options.rounds)
-        for name in options.models:
-            progress.update(bar, description=f"{name}: compiling")
-            programs = programs_for(COST_TASKS[name], options.curvature)
-            progress.update(bar, description=f"{name}: timing")
-            times = []
-            for seconds in interleave(programs, options.rounds):
-                times.append(seconds)
-                progress.advance(bar)
-            results[name] = summarise(programs, times)
-            tables.append(table(name, results[name]))
-            tables[-1].show()
+    if options.scaling:
+        scaling.run(options.output or RESULTS / "scaling", options.seconds or 3, options.rounds)
+    elif options.tracing:
+        tracing.run(options.output or RESULTS / "tracing")
+    else:
+        run(options)
 
-    if options.output:
-        machine = {
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "cpus": os.cpu_count(),
-            "rounds": options.rounds,
-        }
-        write(options.output, tables, {"machine": machine, "results": results})
+
+def run(options: argparse.Namespace) -> None:
+    default = (GPU_TASKS, ["float32", "bfloat16"], "cost-gpu")
+    if not options.gpu:
+        default = (COST_TASKS, ["float32"], "cost")
+    models = default[0] if options.models is None else options.models
+    dtypes = options.dtype or default[1]
+    stem = options.output or RESULTS / default[2]
+
+    path = stem.with_suffix(".json")
+    data = json.loads(path.read_text()) if path.exists() else {"machine": None}
+    if models and data["machine"] != machine():
+        data = {"machine": machine(), "results": {}}
+    with Progress(console=console) as progress:
+        for name, dtype in itertools.product(models, dtypes):
+            title = name if dtype == "float32" else f"{name}, {dtype}"
+            result = measure(title, TASKS[name], dtype, options, progress)
+            data["results"][title] = result
+            table(title, result).show()
+            save(stem, tables(data), data)
+    for each in tables(data)[:1]:
+        each.show()
+    draw(data["results"], stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

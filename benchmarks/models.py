@@ -246,7 +246,7 @@ class Task:
         vocabulary: if given, inputs are integers below it; otherwise they are N(0, 1).
     """
 
-    model: Callable[..., nnx.Module]
+    model: functools.partial[nnx.Module]
     input_shape: tuple[int, ...]
     batch: int
     classes: int = 10
@@ -328,8 +328,9 @@ QUALITY_TASKS = (
     }
 )
 
-# Large enough for the arithmetic to dominate.
+# Large enough for the arithmetic to dominate, but for the first, which the exact diagonal is for.
 COST_TASKS = {
+    "mlp-32-tanh": mlp_task(128, 64, 32, 32, 10, activation=jnp.tanh),
     "mlp-512-relu": mlp_task(128, 784, 512, 512, 10),
     "mlp-512-tanh": mlp_task(128, 784, 512, 512, 10, activation=jnp.tanh),
     "mlp-1024-relu": mlp_task(256, *[1024] * 5, 10),
@@ -350,4 +351,14 @@ COST_TASKS = {
         4, vocabulary=1000, length=128, width=256, heads=4, layers=4, scan=True
     ),
     "lstm-256": Task(functools.partial(LSTM, 256, 10), input_shape=(64, 256), batch=32),
+}
+
+# Large enough for a data centre's accelerator.
+GPU_TASKS = {
+    "mlp-4096-relu": mlp_task(4096, *[4096] * 5, 10),
+    "resnet-18-256": dataclasses.replace(COST_TASKS["resnet-18"], batch=256),
+    "gpt2-small": gpt_task(8, vocabulary=50257, length=1024, width=768, heads=12, layers=12),
+    "gpt2-small-scanned": gpt_task(
+        8, vocabulary=50257, length=1024, width=768, heads=12, layers=12, scan=True
+    ),
 }

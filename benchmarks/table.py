@@ -18,11 +18,12 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, column headings, and rows of text whose first cell is the row's name."""
+    """A title, column headings, rows of text whose first cell is the row's name, and notes."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
     def show(self) -> None:
         table = RichTable(
@@ -33,12 +34,13 @@ class Table:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*row)
-        console.print(table)
+        console.print(table, *self.notes, sep="\n", markup=False)
 
     def markdown(self) -> str:
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", *lines, ""])
+        notes = [line for note in self.notes for line in (note, "")]
+        return "\n".join([f"**{self.title}**", "", *lines, "", *notes])
 
 
 def output_path(argument: str) -> Path:
@@ -55,3 +57,10 @@ def write(path: Path, tables: Sequence[Table], data: dict[str, Any]) -> None:
         path.write_text("\n".join(table.markdown() for table in tables))
     else:
         path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def save(stem: Path, tables: Sequence[Table], data: dict[str, Any]) -> None:
+    """Both, beside each other."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".md", ".json"):
+        write(stem.with_suffix(suffix), tables, data)
