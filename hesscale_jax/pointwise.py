@@ -162,7 +162,9 @@ class BlockArithmetic:
     def spread(self, value: Value) -> Any:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
-        return self._leave(times(v.slope, times(v.slope, self._cov(v.root, v.root))), value)
+        root = v.root
+        own = self._local_cov(root, root) if isinstance(root, Local) else self._cov(root, root)
+        return self._leave(times(v.slope, times(v.slope, own)), value)
 
     # Handing a block over from one trace to another
 
@@ -258,6 +260,13 @@ class BlockArithmetic:
                 terms = (self._sum(x, self._reduced) for x in terms)
             return total(*terms)
         assert isinstance(b, Local)
+        c = self._local_cov(a, b)
+        # A copy: the transpose adds up its uses before it adds what comes from outside the block.
+        # Else a broadcast would come last, and XLA computes such a sum anew for each reader of it.
+        return None if c is None else jnp.copy(c)
+
+    def _local_cov(self, a: Local, b: Local) -> Any:
+        """``c(a, b)``"""
         return total(
             *(
                 times(d, times(b.of_source[source], self._spreads.get(source)))
