@@ -49,6 +49,7 @@ class Block:
 
     def __init__(self, entries: int) -> None:
         self.spans: dict[Value, Spans] = {}
+        self._of_shape: dict[tuple[int, ...], dict[Spans, None]] = {}
         self._reduced: tuple[Span, ...] | None = None
         self._bounds = sorted({1, entries})
 
@@ -93,6 +94,12 @@ class Block:
         self._bounds = _refined(self._bounds, {*bounds, *itertools.chain(*found)})
         self._reduced = self._reduced if reduced is None else reduced
         self.spans.update(placed)
+        for value, spans in placed.items():
+            self._of_shape.setdefault(value.shape, {})[spans] = None
+
+    def places(self, shape: tuple[int, ...]) -> Iterable[Spans]:
+        """Where the values of a shape lie, the first one's place first."""
+        return self._of_shape.get(shape, ())
 
     def fill(self, value: Value) -> bool:
         """Whether the value has as many entries as the frame."""
@@ -174,8 +181,8 @@ def broadcast_like(
     behind the one before it.
     """
     kept = {i: spans[j] for j, i in enumerate(dimensions) if old.shape[j] == new.shape[i]}
-    for value, placed in block.spans.items():
-        if value.shape == new.shape and all(placed[i] == span for i, span in kept.items()):
+    for placed in block.places(new.shape):
+        if all(placed[i] == span for i, span in kept.items()):
             return placed
     result, behind = [], 1
     for i, n in enumerate(new.shape):

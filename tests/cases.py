@@ -168,6 +168,14 @@ SELECTION: dict[str, Case] = {
         lambda x: jnp.take_along_axis(x, 2 * LABELS[:, None], 1, mode="clip"),
         x,
     ),
+    "gather by label, filled": (
+        lambda x: jnp.take_along_axis(x, 2 * LABELS[:, None], 1, mode="fill", fill_value=0.0),
+        x,
+    ),
+    "gather by small label": (
+        lambda x: jnp.take_along_axis(jnp.tile(x, 60), LABELS[:, None].astype(np.int8), 1),
+        x,
+    ),
     "gather, promise_in_bounds": (lambda x: x.at[LABELS % 4].get(mode="promise_in_bounds"), x),
     "gather of several": (
         lambda x: jnp.take_along_axis(x, LABELS[:2, None] * np.array([[0, 1]]), 1),

@@ -220,10 +220,27 @@ def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
 
 
 def _picked(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
-    """The one-hot of the entries that a gather picks."""
+    """The one-hot of the entries that a gather picks; none is picked by an index out of bounds."""
     x, indices = primals
-    pick_from = jax.linear_transpose(lambda x: _jaxpr.bind(eqn, x, indices), x)
-    return pick_from(lax.full_like(y, 1))[0]
+    (axis,) = _picked_axis(eqn)
+    paired = _paired(eqn)
+    single = [i for i in range(indices.ndim) if i not in paired]
+    index = lax.squeeze(indices, single)
+    if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+        index = jnp.clip(index, 0, x.shape[axis] - 1)
+    along = [paired[i] for i in range(indices.ndim) if i in paired]
+    index = lax.broadcast_in_dim(index, x.shape, along)
+    dtype = jnp.promote_types(index.dtype, jnp.int32)  # Small integers do not count up to any size.
+    positions = lax.broadcasted_iota(dtype, x.shape, axis)
+    return lax.eq(positions, lax.convert_element_type(index, dtype))
+
+
+def _paired(eqn: Equation) -> dict[int, int]:
+    """The axis of a gather's operand for each axis of its indices that runs along one."""
+    numbers = eqn.params["dimension_numbers"]
+    return dict(
+        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
 
 
 def _picked_axis(eqn: Equation) -> Sequence[int]:
@@ -235,9 +252,7 @@ def _gather(eqn: Equation, find: Any) -> Selection:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     operand, indices = (v.shape for v in eqn.inputs)
     axis = numbers.start_index_map
-    paired = dict(
-        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
-    )
+    paired = _paired(eqn)
     whole = [i for i in range(len(operand)) if i not in (*axis, *numbers.operand_batching_dims)]
     if (
         len(axis) != 1
