@@ -101,6 +101,7 @@ class BlockArithmetic:
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Value, Any] = {}  # of sources, in the frame
         self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
+        self._local_covariances: dict[tuple[Local, Local], Any] = {}
 
     # One equation
 
@@ -187,6 +188,7 @@ class BlockArithmetic:
         for source in sources:
             del self._spreads[source], self._derived[source]
         self._covariances.clear()
+        self._local_covariances.clear()
 
     # Derivatives in roots, sources and sums
 
@@ -266,14 +268,15 @@ class BlockArithmetic:
         return None if c is None else jnp.copy(c)
 
     def _local_cov(self, a: Local, b: Local) -> Any:
-        """``c(a, b)``"""
-        return total(
-            *(
+        """``c(a, b)``, computed once as well."""
+        if (a, b) not in self._local_covariances:
+            terms = (
                 times(d, times(b.of_source[source], self._spreads.get(source)))
                 for source, d in a.of_source.items()
                 if source in b.of_source
             )
-        )
+            self._local_covariances[a, b] = self._local_covariances[b, a] = total(*terms)
+        return self._local_covariances[a, b]
 
     def _mixed_cov(self, a: Mixed, b: Root | Sum) -> Any:
         """``sum_l a_l cov(l, b)`` over the parts of ``a``."""
