@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -149,6 +150,26 @@ def is_on_one_cpu(*arrays: Any) -> bool:
     """Whether arrays are for the CPU, as far as tracing tells, and on no explicit mesh."""
     explicit = any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
     return jax.default_backend() == "cpu" and not explicit
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """``a * b`` for arrays of one rank, or floats."""
+    return _without_dispatch(lax.mul, operator.mul, a, b)
+
+
+def add(a: Any, b: Any) -> Any:
+    """``a + b`` for arrays of one rank, or floats."""
+    return _without_dispatch(lax.add, operator.add, a, b)
+
+
+def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
+    """NumPy's dispatch takes several times as long to trace as the primitive."""
+    floats = isinstance(a, float), isinstance(b, float)
+    if all(floats):
+        return operation(a, b)
+    a = np.asarray(a, b.dtype) if floats[0] else a
+    b = np.asarray(b, a.dtype) if floats[1] else b
+    return bind(a, b) if a.dtype == b.dtype else operation(a, b)
 
 
 @contextlib.contextmanager

@@ -304,7 +304,8 @@ class BlockArithmetic:
         """The reverse of ``_enter`` for an array: in the value's shape and spread dtype."""
         if array is None:
             return None
-        array = jnp.broadcast_to(array, self._block.view(self._block.spans[value]))
+        view = self._block.view(self._block.spans[value])
+        array = array if array.shape == view else jnp.broadcast_to(array, view)
         return lax.convert_element_type(_reshaped(array, value.shape), spread_dtype(value.dtype))
 
     def _sum(self, x: Coefficient, axes: Sequence[int], missing: bool = False) -> Coefficient:
@@ -320,7 +321,9 @@ class BlockArithmetic:
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
         )
         if present:
-            x = jnp.sum(x, present, keepdims=True, dtype=self._dtype)
+            kept = [1 if i in present else n for i, n in enumerate(x.shape)]
+            x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
+            x = lax.reshape(x, kept)
         return times(float(absent), x) if missing else x
 
 
@@ -337,7 +340,8 @@ def _as(shift: Any, value: Value) -> Any:
     """A shift in the value's shape and dtype."""
     if shift is None:
         return None
-    return lax.convert_element_type(jnp.broadcast_to(shift, value.shape), value.dtype)
+    shift = shift if shift.shape == value.shape else jnp.broadcast_to(shift, value.shape)
+    return lax.convert_element_type(shift, value.dtype)
 
 
 def _composite(parts: dict[Any, Coefficient]) -> Root:
@@ -387,14 +391,14 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     for factor, other in factors:
         if _is_choice(factor):
             return _choose(factor, other)
-    return a * b
+    return _jaxpr.multiply(a, b)
 
 
 def plus(a: Coefficient, b: Coefficient) -> Coefficient:
     """The sum."""
     if a is None or b is None:
         return b if a is None else a
-    return _number(a) + _number(b)
+    return _jaxpr.add(_number(a), _number(b))
 
 
 def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:

@@ -3,6 +3,7 @@
 dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -148,4 +149,4 @@ def product(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
 def total(*terms: Any) -> Any:
     """The sum of the terms that are not ``None``; ``None`` if there are none."""
     present = [t for t in terms if t is not None]
-    return sum(present[1:], present[0]) if present else None
+    return functools.reduce(_jaxpr.add, present) if present else None
