@@ -146,9 +146,10 @@ def listed(results: Any, eqn: Equation) -> list[Any]:
     return [results] if len(eqn.outputs) == 1 else list(results)
 
 
-def is_on_one_cpu(*arrays: Any) -> bool:
-    """Whether arrays are for the CPU, as far as tracing tells, and on no explicit mesh."""
-    explicit = any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
+def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
+    """Whether an equation runs on the CPU, as far as tracing tells, and on no explicit mesh."""
+    explicit = any(axis is not None for x in operands for axis in jax.typeof(x).sharding.spec)
+    explicit = explicit or eqn.params.get("out_sharding") is not None
     return jax.default_backend() == "cpu" and not explicit
 
 

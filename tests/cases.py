@@ -254,6 +254,9 @@ MULTILINEAR: dict[str, Case] = {
     "dot_general of a value with itself, two axes left": (lambda x: jnp.einsum("ijk,ilm->jklm", x, x), normal(3, 2, 4)),
     "dot_general of transposed values": (lambda x, w: jnp.einsum("ij,kj->ki", x.T, w), normal(5, 3), normal(2, 5)),
     "dot_general over two axes": (lambda x, w: jnp.einsum("ijk,kjl->il", x, w), normal(2, 3, 4), normal(4, 3, 5)),
+    "dot_general with several axes of each kind": (
+        lambda x, w: jnp.einsum("ijkl,klmn->ijmn", x, w), normal(2, 3, 2, 4), normal(2, 4, 2, 3),
+    ),
     "dot_general to another dtype": (
         lambda x, w: lax.dot(x.astype(jnp.float32), w.astype(jnp.float32), preferred_element_type=jnp.float64),
         normal(3, 5), normal(5, 2, seed=1),
@@ -373,6 +376,7 @@ BLOCKS: dict[str, Case] = {
     "broadcast in front": (lambda p, x: nn.softmax(jnp.broadcast_to(jnp.exp(p), x.shape) * x, 0), normal(6), x),
     "row mean subtracted from a square": (lambda x: x - x.mean(1)[:, None], normal(4, 4)),
     "no entries": (lambda x, e: x + e.sum(), x, normal(0, 3)),
+    "a long chain that takes in a reduction at each step": (lambda x: shrunk(x, 60), x),
     # Losses by example
     "cross-entropy by label": (lambda x: optax.losses.softmax_cross_entropy_with_integer_labels(x, LABELS), x),
     "cross-entropy, one-hot": (lambda x: optax.losses.softmax_cross_entropy(x, nn.one_hot(LABELS, 6)), x),
@@ -441,6 +445,15 @@ def sine_times(x: jax.Array) -> jax.Array:
 @sine_times.def_vmap
 def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
     return jnp.sin(x) * x, batched[0]
+
+
+def shrunk(x: jax.Array, steps: int) -> jax.Array:
+    """More roots than covariances are followed through one by one."""
+    size = jnp.exp(x).sum(1, keepdims=True)
+    y = nn.softmax(x)
+    for _ in range(steps):
+        y = y + x / size
+    return y
 
 
 def pooled(x: jax.Array) -> jax.Array:

@@ -64,14 +64,14 @@ def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
     over two axes otherwise, for which XLA on the CPU copies an operand, and computes once more in
     the copy whatever made it. Elsewhere there is no copy, and the axes may be sharded.
     """
-    if eqn.name != "dot_general" or not _jaxpr.is_on_one_cpu(x, w):
+    if eqn.name != "dot_general" or not _jaxpr.is_on_one_cpu(eqn, x, w):
         return _jaxpr.bind(eqn, x, w, *rest, **changes)
     (of_x, of_w), (batch_x, batch_w) = eqn.params["dimension_numbers"]
     axes_x = _merged(x.ndim, dict(zip(of_x, of_w, strict=True)), batch_x)
     axes_w = _merged(w.ndim, dict(zip(of_w, of_x, strict=True)), batch_w)
-    summed = [(i, w_axis) for i, w_axis in zip(of_x, of_w, strict=True) if i in axes_x]
+    summed = [(i, j) for i, j in zip(of_x, of_w, strict=True) if i in axes_x]
     numbers = (
-        ([axes_x.index(i) for i, _ in summed], [axes_w.index(i) for _, i in summed]),
+        ([axes_x.index(i) for i, _ in summed], [axes_w.index(j) for _, j in summed]),
         ([axes_x.index(i) for i in batch_x], [axes_w.index(i) for i in batch_w]),
     )
     y = _jaxpr.bind(
