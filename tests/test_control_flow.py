@@ -410,3 +410,19 @@ def test_composes_with_transformations():
 
     assert_close(trace(scanned)(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
     assert_close(trace(remat(scanned))(PARAMS, INPUTS), trace(looped)(PARAMS, INPUTS))
+
+
+def test_a_loop_keeps_no_more_of_a_step_than_the_gradient_does():
+    def loss(w, xs):
+        def step(h, x):
+            z, gate = jnp.tanh(x + h @ w), nn.sigmoid(x - h @ w)
+            return nn.gelu(gate * h + (1 - gate) * z), None
+
+        return jnp.sum(lax.scan(step, xs[0], xs)[0] ** 2)
+
+    def kept(fun):
+        eqns = jax.make_jaxpr(fun)(normal(3, 3), normal(5, 2, 3)).jaxpr.eqns
+        forward = next(eqn for eqn in eqns if eqn.primitive.name == "scan")
+        return sum(v.aval.size for v in forward.outvars)
+
+    assert kept(hs.hesscale(loss)) <= kept(jax.grad(loss))
