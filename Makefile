@@ -10,7 +10,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format benchmark-cost benchmark-quality benchmark-training clean
+.PHONY: help demo test lint types format docs figures dist benchmark-cost benchmark-quality \
+    benchmark-training clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,21 @@ types: $(VENV)/.installed-dev ## Check types
 format: $(VENV)/.installed-dev ## Mend style and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/.installed-docs ## Build the site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+figures: $(VENV)/.installed-benchmarks ## Draw the pictures of the README and of the site
+	for script in docs/figures/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+dist: $(VENV)/.installed-dev ## Build wheel and sdist, check them, and run the README's example with the wheel alone
+	rm -rf dist $(VENV)-dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	sed -n '/^```python/,/^```/ { /^```$$/ q; /^```/ !p }' README.md > dist/example.py
+	cd dist && $(abspath $(VENV)-dist)/bin/python -W error example.py && rm example.py
 
 benchmark-cost: $(VENV)/.installed-peers ## Measure time and memory against those of a gradient
 	$(BIN)/python benchmarks/cost.py $(ARGS)

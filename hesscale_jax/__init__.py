@@ -4,6 +4,8 @@
 transformations precondition with it.
 """
 
+import importlib.metadata
+
 from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.every import value_and_hesscale_every
@@ -47,4 +49,7 @@ __all__ = [
     "value_and_hesscale_every",
 ]
 
-__version__ = "0.1.0"
+try:
+    __version__ = importlib.metadata.version("hesscale_jax")
+except importlib.metadata.PackageNotFoundError:  # Imported from a checkout that is not installed.
+    __version__ = "0.0.0"
