@@ -24,7 +24,7 @@ needs no gradient of its input). Every method returns the value and the gradient
     ... optax, somax       estimators of Sophia and AdaHessian, and the exact diagonal: `peers.py`
     ... BackPACK           in PyTorch, of the networks that it can do: `peers_torch.py`
 
-What it leaves in `benchmarks/results` is `cost.json`, `cost.md` and `cost.png`. Models that were
+What it leaves in `docs/results/data` is `cost.json`, `cost.md` and `cost.png`. Models that were
 measured before on the same machine stay in them.
 
     python benchmarks/cost.py                    everything, about a quarter of an hour on two cores
@@ -69,7 +69,7 @@ from timing import (
 
 import hesscale_jax as hs
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "data"
 EVERY = 10  # steps that one diagonal serves
 FLOOR = 5 / 3
 TASKS = COST_TASKS | GPU_TASKS

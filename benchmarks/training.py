@@ -47,7 +47,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import char_lm
 import digits
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "data"
 INTERVAL = 10  # Sophia looks at every tenth diagonal.
 BASELINE = "Adam"
 
