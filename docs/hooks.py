@@ -15,6 +15,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 MARKDOWN = {
     r":(?:func|class|mod|data):`~?([\w.]+)`": lambda m: reference(m[1]),
     r":math:`([^`]+)`": r"$\1$",
+    r"::$": ":",
     r"`([^`<]+?)\s+<(https?:[^>]+)>`_": r"[\1](\2)",
     r"^( *)\.\. math::\n\n((?:\1 +\S.*\n|\n)+)": lambda m: (
         f"{m[1]}$$\n{m[2].strip()}\n{m[1]}$$\n\n"

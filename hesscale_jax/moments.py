@@ -19,8 +19,12 @@ __all__ = ["Moments"]
 class Moments(NamedTuple):
     """A value, the first-order change of it, and half the variance of its entries.
 
-    ``None`` for a shift or a spread means zero: nothing is computed for it. The shift has the
-    shape and dtype of the primal; the spread has its shape and :func:`spread_dtype` of its dtype.
+    ``None`` for a shift or a spread means zero: nothing is computed for it.
+
+    Attributes:
+      primal: The value, an array of any shape.
+      shift: How far its mean moves, in its shape and dtype.
+      spread: Half the variance of its entries, in its shape, and float32 at least.
     """
 
     primal: Any
