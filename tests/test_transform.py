@@ -377,7 +377,7 @@ def test_a_rule_that_recurses():
             TypeError,
             "floating-point inputs .* complex128",
         ),
-        (jnp.sum, {"a": normal(3), "b": "text"}, TypeError, "floating-point inputs .* str"),
+        (jnp.sum, {"a": normal(3), "b": "text"}, TypeError, r"str at args\[0\]\['b'\]"),
         (lambda p: 0.0, {}, TypeError, "no floating-point array"),
         (lambda p: p, normal(3), TypeError, r"returns a scalar, got shape \(3,\)"),
         (
