@@ -107,7 +107,8 @@ def value_and_hesscale(
     def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:
         program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
         leaves, tree = jax.tree.flatten(list(chosen.values()))
-        primals, transpose = transposed(program, leaves, rules, curvature)
+        inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
+        primals, transpose = transposed(program, inputs, rules, curvature)
         value, *aux = map(jnp.asarray, primals)
         grads, diagonals = transpose(lax.full_like(value, 1))
         diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]

@@ -75,6 +75,18 @@ def test_argnums(argnums):
     assert_trees_close(diagonal, chosen)
 
 
+@pytest.mark.parametrize("number", [float, np.float64, np.asarray])
+def test_numbers_are_differentiated_as_arrays_are(number):
+    def quartic(p, scale):
+        return scale * p["a"] ** 4 + jnp.tanh(p["b"])
+
+    params = {"a": number(1.5), "b": number(0.5)}
+    grad, diagonal = hs.hesscale(quartic)(params, 2.0)
+    assert_trees_close(grad, jax.grad(quartic)(params, 2.0))
+    exact = jax.hessian(quartic)(params, 2.0)
+    assert_trees_close(diagonal, {name: exact[name][name] for name in params})
+
+
 def test_has_aux_hands_on_anything():
     def with_aux(params):
         z = logits(params, X)
