@@ -24,7 +24,8 @@ class UnsupportedPrimitiveError(NotImplementedError):
             "rule(eqn, operands, recurse) returns one Moments per output",
             "if its operands are small, pass hesscale_jax.rules.dense as that rule: it is exact, "
             "by the dense Jacobian",
-        ][: 4 if curable else 2]
+            "if it acts entry by entry, pass hesscale_jax.rules.nested",
+        ][: 2 if not curable else 4 if reason else 5]
         listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))
         super().__init__(
             f"no rule for {primitive!r} (used at {location})"

@@ -104,7 +104,8 @@ class _Walk:
         rule = self.plan.rules[eqn]
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
-        return rule(eqn, [self._collapsed(v) for v in eqn.inputs], Recursion(self, eqn))
+        operands = [self._collapsed(v) for v in eqn.inputs]
+        return _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:
         arithmetic = self._arithmetic(self.plan.blocks[eqn])
@@ -247,6 +248,20 @@ class Recursion:
 
     def _find(self, eqn: Equation) -> Any:
         return find(self._walk.rules, eqn)
+
+
+def _one_per_output(eqn: Equation, results: Any) -> list[Moments]:
+    """What a rule returns, which may be written by somebody who is new to it."""
+    if isinstance(results, list | tuple) and all(isinstance(y, Moments) for y in results):
+        if len(results) == len(eqn.outputs):
+            return list(results)
+        got = f"{len(results)} of them"
+    else:
+        got = type(results).__name__
+    raise TypeError(
+        f"the rule of {_jaxpr.label(eqn)!r} must return a list with one Moments for each output, "
+        f"of which there are {len(eqn.outputs)}, but returned {got}"
+    )
 
 
 def _moving(program: Program, operands: Sequence[Moments]) -> list[Value]:

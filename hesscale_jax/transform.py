@@ -107,7 +107,8 @@ def value_and_hesscale(
     def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:
         program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
         leaves, tree = jax.tree.flatten(list(chosen.values()))
-        primals, transpose = transposed(program, leaves, rules, curvature)
+        inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
+        primals, transpose = transposed(program, inputs, rules, curvature)
         value, *aux = map(jnp.asarray, primals)
         grads, diagonals = transpose(lax.full_like(value, 1))
         diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
@@ -145,7 +146,7 @@ def traced(
     """
     chosen = {i: args[i] for i in positions(argnums, len(args))}
     leaves, tree = jax.tree.flatten(list(chosen.values()))
-    _check_differentiable(leaves, argnums)
+    _check_differentiable(chosen, argnums)
 
     def flat_fun(*leaves: Any) -> Any:
         replaced = list(args)
@@ -248,20 +249,21 @@ def positions(argnums: int | Sequence[int], count: int) -> list[int]:
     return found
 
 
-def _check_differentiable(leaves: Sequence[Any], argnums: int | Sequence[int]) -> None:
-    if not leaves:
+def _check_differentiable(chosen: Mapping[int, Any], argnums: int | Sequence[int]) -> None:
+    if not jax.tree.leaves(list(chosen.values())):
         raise TypeError(
             f"the argument at argnums={argnums} has no floating-point array to differentiate"
         )
-    for leaf in leaves:
-        dtype = _dtype(leaf)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            described = type(leaf).__name__ if dtype is None else f"dtype {dtype.name}"
-            raise TypeError(
-                "hesscale requires real floating-point inputs to differentiate, got "
-                f"{described} at argnums={argnums}. Pass integers and other data in arguments "
-                "that argnums leaves out."
-            )
+    for i, arg in chosen.items():
+        for path, leaf in jax.tree.leaves_with_path(arg):
+            dtype = _dtype(leaf)
+            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+                described = type(leaf).__name__ if dtype is None else f"dtype {dtype.name}"
+                raise TypeError(
+                    "hesscale requires real floating-point inputs to differentiate, got "
+                    f"{described} at args[{i}]{jax.tree_util.keystr(path)}. Pass integers and "
+                    "other data in arguments that argnums leaves out."
+                )
 
 
 def _check_loss(loss: Any) -> None:

@@ -24,15 +24,18 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     """``dy = f(dx, w) + f(x, dw), vy = f(vx, w*w) + f(x*x, vw)``.
 
     The domain is every bilinear primitive that leaves each product of two entries in one output
-    with a coefficient of 0 or 1: ``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``.
+    with a coefficient of 0 or 1: ``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``,
+    or one of your own that takes operands of any floating-point dtype.
     The factors count as independent, even if both are one value; a product ``x^T x`` is exact.
     """
     x, w, *sizes = operands
     rest = [size.primal for size in sizes]  # of the groups of a ragged product
     wide = spread_dtype(x.primal.dtype, w.primal.dtype)
     result = spread_dtype(eqn.outputs[0].dtype)
-    precise: dict[str, Any] = {"preferred_element_type": wide}
-    if isinstance(eqn.params["precision"], lax.DotAlgorithm | lax.DotAlgorithmPreset):
+    precise: dict[str, Any] = {}
+    if "preferred_element_type" in eqn.params:
+        precise["preferred_element_type"] = wide
+    if isinstance(eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset):
         precise["precision"] = None  # an algorithm fixes the dtypes of its factors
 
     def square(factor: Any) -> Any:
