@@ -222,6 +222,8 @@ def main() -> None:
         for name in (ZOO if options.models else QUALITY_TASKS)
         if any(part in name for part in options.only)
     ]
+    if not names:
+        parser.error(f"no model's name contains any of {options.only}")
     with Progress(console=console) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = progress.add_task("models x seeds", total=len(names) * seeds)
 

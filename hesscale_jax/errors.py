@@ -22,8 +22,8 @@ class UnsupportedPrimitiveError(NotImplementedError):
             "pass a rule of your own: "
             f"hesscale(fun, rules=hesscale_jax.RULES | {{{primitive!r}: rule}}), where "
             "rule(eqn, operands, recurse) returns one Moments per output",
-            "if its operands are small, pass hesscale_jax.rules.dense as that rule: it is exact, "
-            "by the dense Jacobian",
+            "if its operands are small, pass hesscale_jax.rules.dense as that rule: it is exact "
+            "for this one equation, by the dense Jacobian",
             "if it acts entry by entry, pass hesscale_jax.rules.nested",
         ][: 2 if not curable else 4 if reason else 5]
         listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))

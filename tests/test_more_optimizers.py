@@ -97,6 +97,13 @@ def test_scaled_solvers_shorten_the_direction(scaled, direction):
     assert_close(received, expected, rtol=1e-9)
 
 
+def test_diagonal_newton_needs_a_diagonal_at_every_step():
+    solver = diagonal_newton(0.1, 0.1)
+    g = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"at every step.*value_and_hesscale_every"):
+        solver.update(g, solver.init(g), g, hess_diag=g, refreshed=jnp.array(False))
+
+
 @pytest.mark.parametrize(
     ("negative", "positive"), [("abs", np.abs), ("floor", lambda h: np.maximum(h, 0))]
 )

@@ -37,7 +37,8 @@ def scale_by_diagonal_newton(
 
     Raises:
       ValueError: If ``negative`` is not one of the above; from ``update``, if ``hess_diag`` differs
-        from the updates in structure or shape.
+        from the updates in structure or shape, or if there is a ``refreshed``: no curvature is kept
+        for the steps between.
       TypeError: From ``update``, if ``hess_diag`` is missing.
     """
     if negative not in _MADE_POSITIVE:
@@ -54,9 +55,16 @@ def scale_by_diagonal_newton(
         params: optax.Params | None = None,
         *,
         hess_diag: optax.Updates | None = None,
+        refreshed: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra_args
+        if refreshed is not None:
+            raise ValueError(
+                "scale_by_diagonal_newton keeps no curvature from one step to the next: it takes a "
+                "diagonal at every step, and no 'refreshed'. With value_and_hesscale_every, use an "
+                "optimizer that averages the curvature, such as adahesscale."
+            )
         matched = match(hess_diag, updates, "scale_by_diagonal_newton")
         g = jax.tree.map(lambda u: jnp.asarray(u, accumulator_dtype(u)), updates)
         h = cast_like(matched, g)
