@@ -138,7 +138,7 @@ class Method(NamedTuple):
     work: Callable[[float, float], Work]  # Of a setting, and of so many trials by `search`.
     search: optax.GradientTransformation = optax.identity()  # Chooses the length of a step.
     hess_diag: bool = False  # Whether `update` takes one.
-    before: Work = Work()  # The first step.
+    before: Work = Work()  # What is computed once, at the start.
 
 
 def svrg(problem: Problem, learning_rate: float) -> optax.GradientTransformation:
@@ -238,7 +238,7 @@ METHODS = {
     "SVRG": Method(svrg, RATES, lambda *_: Work(gradient=3)),  # Two of them in batches.
     "AdaHesScaleGN": diagonal(lambda _, rate: hs.adahesscale(rate)),
     "diagonal Newton": diagonal(lambda p, rate: hs.diagonal_newton(rate, p.damping)),
-    "L-BFGS": Method(lambda *_: LBFGS, **ZOOM),
+    "L-BFGS": Method(lambda *_: LBFGS, **ZOOM, before=Work(gradient=1)),
     "L-BFGS from diagonal": Method(
         lambda problem, _: in_units_of_curvature(problem, LBFGS), **ZOOM, before=Work(hesscale=1)
     ),
