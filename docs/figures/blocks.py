@@ -42,6 +42,14 @@ TASKS = {
 
 STEPS = ("linear", "GELU, LayerNorm", "linear", "cross-entropy", "mean")  # of `loss`
 
+ARROW = {"arrowstyle": "-|>", "color": "black"}
+LABEL = {
+    "boxstyle": "round,pad=0.2",
+    "facecolor": "white",
+    "edgecolor": "0.6",
+    "linewidth": 0.6,
+}
+
 
 def layer_norm(x: jax.Array) -> jax.Array:
     centred = x - x.mean(axis=-1, keepdims=True)
@@ -55,7 +63,7 @@ def loss(params: dict[str, jax.Array], x: jax.Array, labels: jax.Array) -> jax.A
 
 
 def program(path: Path) -> None:
-    """Lengths are in points."""
+    """The steps of `loss`, one above the other; lengths are in points."""
     params = {"hidden": jnp.ones((8, 16)), "out": jnp.ones((16, 5))}
     report = hs.explain(loss)(params, jnp.ones((32, 8)), jnp.zeros(32, int))
     width, height, line = 576, 262, 17
@@ -65,32 +73,22 @@ def program(path: Path) -> None:
     ax.set_axis_off()
     top = 0
     for index, (step, what) in enumerate(zip(report.steps, STEPS, strict=True)):
-        height = flow(ax, step.primitives, 142, top - 19, 460, line) + 26
+        tall = flow(ax, step.primitives, 142, top - 19, 460, line) + 26
         colour = LIGHT_BLUE if step.rule == "block" else YELLOW
-        outline = FancyBboxPatch(
-            (130, top - 6 - height),
-            340,
-            height,
-            boxstyle="round,pad=0,rounding_size=5",
-            facecolor=colour,
-            alpha=0.3,
-            edgecolor="black",
-            zorder=1,
-        )
-        ax.add_patch(outline)
-        middle = top - 6 - height / 2
+        corner = (130, top - 6 - tall)
+        look = {"facecolor": colour, "alpha": 0.3, "edgecolor": "black"}
+        rounded = "round,pad=0,rounding_size=5"
+        ax.add_patch(FancyBboxPatch(corner, 340, tall, boxstyle=rounded, **look))
+        middle = top - 6 - tall / 2
         ax.text(122, middle, what, ha="right")
         ax.text(122, middle - 2, step.rule, ha="right", va="top", color=GREY, fontsize=9)
         ax.text(478, middle, step.results[0], va="center", family="monospace", fontsize=9)
-        top -= height + 6
+        top -= tall + 6
         if index + 1 < len(report.steps):
-            ax.annotate(
-                "", (300, top - 19), (300, top), arrowprops={"arrowstyle": "-|>", "color": "black"}
-            )
+            ax.annotate("", (300, top - 19), (300, top), arrowprops=ARROW)
         if index in report.mixing:
-            ax.text(
-                310, top - 9, "off-diagonal terms dropped", color=HESSCALE, fontsize=9, va="center"
-            )
+            dropped = "off-diagonal terms dropped"
+            ax.text(310, top - 9, dropped, color=HESSCALE, fontsize=9, va="center")
         top -= 13
     figure.savefig(path)
 
@@ -104,26 +102,12 @@ def flow(
         length = 4.8 * len(word) + 9  # of monospaced characters of size 8
         if x + length > right:
             x, y = left, y - line
-        ax.text(
-            x,
-            y,
-            word,
-            family="monospace",
-            fontsize=8,
-            va="center",
-            bbox={
-                "boxstyle": "round,pad=0.2",
-                "facecolor": "white",
-                "edgecolor": "0.6",
-                "linewidth": 0.6,
-            },
-            zorder=2,
-        )
+        ax.text(x, y, word, family="monospace", fontsize=8, va="center", bbox=LABEL)
         x += length
     return top - y
 
 
-def errors(task: Task, seeds: int) -> tuple[float, float]:
+def errors(task: Task, seeds: int) -> np.ndarray:
     """With blocks, and primitive by primitive."""
 
     @jax.jit

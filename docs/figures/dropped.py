@@ -48,12 +48,16 @@ def hidden_hessians() -> list[tuple[jax.Array, jax.Array]]:
             activations = jnp.tanh(activations @ kernel)
         return cross_entropy(activations @ last, 0)
 
-    found = []
-    for layer in range(1, LAYERS + 1):
-        x = jnp.tanh(x @ kernels[layer - 1])
-        _, diagonal = hs.hesscale(rest)(x, layer)
-        found.append((jax.hessian(rest)(x, layer), diagonal))
-    return found
+    @jax.jit
+    def hessians(x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        found = []
+        for layer, kernel in enumerate(kernels, 1):
+            x = jnp.tanh(x @ kernel)
+            _, diagonal = hs.hesscale(rest)(x, layer)
+            found.append((jax.hessian(rest)(x, layer), diagonal))
+        return found
+
+    return hessians(x)
 
 
 def errors(

@@ -46,15 +46,16 @@ def train(task: Task, params: Any, batch: tuple[Any, ...], steps: int) -> Any:
     return run((params, adam.init(params)))[0]
 
 
-def diagonals(task: Task, params: Any, batch: tuple[Any, ...]) -> dict[str, np.ndarray]:
-    exact = jax.jit(functools.partial(exact_diagonals, task))(params, *batch)
+@functools.partial(jax.jit, static_argnums=0)
+def diagonals(task: Task, params: Any, batch: tuple[Any, ...]) -> dict[str, jax.Array]:
+    exact = exact_diagonals(task, params, *batch)
     trees = {
         "Hessian": exact[EXACT],
-        "HesScale": jax.jit(hs.hesscale(task.loss))(params, *batch)[1],
+        "HesScale": hs.hesscale(task.loss)(params, *batch)[1],
         "Gauss-Newton": exact["exact GGN"],
-        "HesScaleGN": jax.jit(hs.hesscale(task.loss, curvature="gauss_newton"))(params, *batch)[1],
+        "HesScaleGN": hs.hesscale(task.loss, curvature="gauss_newton")(params, *batch)[1],
     }
-    return {name: np.asarray(ravel_pytree(tree)[0]) for name, tree in trees.items()}
+    return {name: ravel_pytree(tree)[0] for name, tree in trees.items()}
 
 
 def draw(ax: Axes, title: str, found: dict[str, np.ndarray]) -> None:
@@ -85,7 +86,7 @@ def main(options: argparse.Namespace) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     stages = {"at initialisation": params, "trained": train(task, params, batch, steps)}
     for ax, (stage, params) in zip(axes, stages.items(), strict=True):
-        found = diagonals(task, params, batch)
+        found = jax.device_get(diagonals(task, params, batch))
         draw(ax, stage, found)
         print(f"{stage}: loss {task.loss(params, *batch):.3g}")
         for name, entries in found.items():

@@ -78,10 +78,11 @@ def best(
 
 def minimum() -> jax.Array:
     """By Newton's method."""
-    weights = jnp.zeros(2)
-    for _ in range(20):
-        weights -= jnp.linalg.solve(jax.hessian(loss)(weights), jax.grad(loss)(weights))
-    return weights
+
+    def step(_: int, weights: jax.Array) -> jax.Array:
+        return weights - jnp.linalg.solve(jax.hessian(loss)(weights), jax.grad(loss)(weights))
+
+    return jax.lax.fori_loop(0, 20, step, jnp.zeros(2))
 
 
 def main(options: argparse.Namespace) -> None:
