@@ -38,6 +38,9 @@ docs: $(VENV)/.installed-docs ## Build the site, with warnings as errors
 
 figures: $(VENV)/.installed-benchmarks ## Draw the pictures of the README and of the site
 	for script in docs/figures/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python examples/second_order.py --output docs/figures/second_order.png
+	$(BIN)/python examples/second_order.py --problem mlp --output docs/figures/second_order_mlp.png
+	$(BIN)/python examples/digits.py --output docs/figures/digits.png
 
 dist: $(VENV)/.installed-dev ## Build wheel and sdist, check them, and run the README's example with the wheel alone
 	rm -rf dist $(VENV)-dist
