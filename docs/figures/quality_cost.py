@@ -4,7 +4,7 @@
     python docs/figures/quality_cost.py       quality_cost.png, its numbers in quality_cost.json
 
 Three classifiers of random inputs, with the parameters that they start from: small enough for the
-exact diagonal, large enough for arithmetic to be most of a gradient's time. The distance is
+exact diagonal, large enough for a gradient to take half a millisecond or more. The distance is
 `sum |estimate - exact| / sum |exact|` over all parameters, mean of the seeds. The cost is the time
 of a compiled function that returns value, gradient and estimate over that of `jax.value_and_grad`,
 in float32, median of rounds in which all take turns.
