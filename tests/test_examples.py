@@ -150,13 +150,12 @@ def test_large_batches_take_the_same_step_every_way():
         assert float(apart) < 1e-6  # float32, other orders of summation
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adahesscale-gn"])
-def test_char_lm_learns(tmp_path, optimizer):
+def test_char_lm_learns(tmp_path):
     for package in ("matplotlib", "orbax.checkpoint", "tqdm"):
         pytest.importorskip(package)
 
     printed = run_example(
-        "char_lm.py", "--smoke", "--optimizer", optimizer, "--output", str(tmp_path)
+        "char_lm.py", "--smoke", "--optimizer", "adahesscale-gn", "--output", str(tmp_path)
     )
 
     assert "bits per character" in printed

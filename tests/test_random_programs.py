@@ -21,10 +21,10 @@ import hesscale_jax as hs
 
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
-    "anything": 80,
-    "control": 80,
+    "anything": 50,
+    "control": 50,
     "block": 25,
-    "views": 50,
+    "views": 30,
     "chain": 15,
     "last_layer": 15,
     "plain_last_layer": 10,

@@ -3,7 +3,7 @@
     make figures                      every figure
     python docs/figures/scaling.py    scaling.png
 
-Drawn from benchmarks/results/scaling.json, which `make benchmark-cost ARGS=--scaling` measures:
+Drawn from docs/results/data/scaling.json, which `make benchmark-cost ARGS=--scaling` measures:
 ReLU, float32, batch 256 and 4 hidden layers, or batch 128 and width 512; the time of a compiled
 call as a multiple of the gradient's, median and quartiles.
 """
@@ -14,7 +14,7 @@ import json
 from _style import FOLDER, GAUSS_NEWTON, GREY, HESSCALE, HUTCHINSON, options
 from matplotlib.figure import Figure
 
-MEASURED = FOLDER.parents[1] / "benchmarks" / "results" / "scaling.json"
+MEASURED = FOLDER.parents[1] / "docs" / "results" / "data" / "scaling.json"
 SWEEPS = {"width": "width of the hidden layers", "depth": "layers"}
 METHODS = {
     "Hutchinson 1": (HUTCHINSON, "1 Hutchinson sample"),
