@@ -237,7 +237,7 @@ def draw(results: dict[str, Result], path: Path) -> None:
         "time as a multiple of the gradient's: median and quartiles; the dotted line is at 5/3",
         fontsize=9,
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def draw_ratio(ax: Any, y: int, name: str, summary: dict[str, float]) -> None:

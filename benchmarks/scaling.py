@@ -109,4 +109,4 @@ def draw(results: dict[str, dict[int, Any]], path: Path) -> None:
     axes[0].set_ylabel("time as a multiple of the gradient's")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(METHODS), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)

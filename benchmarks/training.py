@@ -327,7 +327,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("final loss: mean, lowest and highest of the seeds")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def draw(results: dict[str, np.ndarray], path: Path) -> None:
     handles = trade.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(STYLES), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -308,7 +308,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

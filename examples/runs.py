@@ -146,4 +146,4 @@ class Run:
             ax.set(title=name.replace("_", " "), xlabel="steps")
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
-        figure.savefig(self._picture, dpi=150)
+        figure.savefig(self._picture, dpi=100)
