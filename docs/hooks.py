@@ -20,13 +20,14 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 MARKDOWN = {
     r":(?:func|class|mod|data):`~?([\w.]+)`": lambda m: reference(m[1]),
     r":math:`([^`]+)`": r"$\1$",
-    r"::$": ":",
     r"`([^`<]+?)\s+<(https?:[^>]+)>`_": r"[\1](\2)",
     r"^( *)\.\. math::\n\n((?:\1 +\S.*\n|\n)+)": lambda m: (
         f"{m[1]}$$\n{m[2].strip()}\n{m[1]}$$\n\n"
     ),
     r"^( *)\.\. warning::\n": r"\1!!! warning\n\n",
+    r"(?<=\w)::$": ":",
 }
+LEFT = re.compile(r"^ *\.\. |::$|:\w+:`|>`_", re.MULTILINE)  # Of reStructuredText.
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -93,6 +94,9 @@ class FromSphinx(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
+            text = obj.docstring.value
             for pattern, markdown in MARKDOWN.items():
-                text = re.sub(pattern, markdown, obj.docstring.value, flags=re.MULTILINE)
-                obj.docstring.value = text
+                text = re.sub(pattern, markdown, text, flags=re.MULTILINE)
+            if left := LEFT.search(text):
+                raise ValueError(f"{obj.path}: no Markdown for {left[0]!r} in {text!r}")
+            obj.docstring.value = text
