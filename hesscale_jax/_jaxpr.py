@@ -219,6 +219,11 @@ def label(eqn: Equation) -> str:
     return f"{eqn.name}[{name}]" if name else eqn.name
 
 
+def literal(atom: core.Literal) -> Any:
+    """The value of a literal, with a dtype: a ``bool`` of Python has none."""
+    return atom.val if hasattr(atom.val, "dtype") else np.asarray(atom.val, atom.aval.dtype)
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
@@ -261,7 +266,7 @@ class _Builder:
         env.update(zip(jaxpr.constvars, map(self._constant, closed.consts), strict=True))
 
         def read(atom: Any) -> Any:
-            return self._constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+            return self._constant(literal(atom)) if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))

@@ -4,6 +4,7 @@ dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def _merged(rank: int, partner: dict[int, int], batch: Sequence[int]) -> list[in
 
 
 def _with_axes(factor: Any, first: list[int]) -> Any:
-    bounds = zip(first, [*first[1:], factor.ndim], strict=True)
+    bounds = itertools.pairwise([*first, factor.ndim])
     return lax.reshape(factor, [math.prod(factor.shape[lo:hi]) for lo, hi in bounds])
 
 
