@@ -219,6 +219,20 @@ def label(eqn: Equation) -> str:
     return f"{eqn.name}[{name}]" if name else eqn.name
 
 
+def has_effects(program: "Program") -> bool:
+    """Whether an equation of the program does more than to compute its results."""
+    return any(eqn.sources[0].effects for eqn in program.equations)
+
+
+def holds_callback(params: dict[str, Any]) -> bool:
+    """Whether Python is called anywhere within the jaxprs of an equation."""
+    return any(
+        "callback" in eqn.primitive.name or holds_callback(eqn.params)
+        for jaxpr in core.jaxprs_in_params(params)
+        for eqn in jaxpr.eqns
+    )
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
@@ -322,7 +336,7 @@ class _Builder:
     def _constant(self, value: Any) -> Constant:
         """One object per literal, so that equal operands are identical."""
         key: Any = id(value)
-        if np.ndim(value) == 0 and not isinstance(value, jax.Array):
+        if np.ndim(value) == 0 and not isinstance(value, jax.Array | jax.Ref):
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))

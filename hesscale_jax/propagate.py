@@ -1,5 +1,6 @@
 """The interpreter: one walk over a program in program order, moments in, moments out."""
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -208,6 +209,20 @@ class _Walk:
         return readers
 
 
+@dataclasses.dataclass(frozen=True)
+class KeepsCostly:
+    """A policy of ``jax.checkpoint``, which JAX's caches hold: it refers to nothing else.
+
+    Attributes:
+      cheap: The primitives of which nothing is kept, unless they call the host.
+    """
+
+    cheap: frozenset[str]
+
+    def __call__(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+        return primitive.name not in self.cheap or _jaxpr.holds_callback(params)
+
+
 class Recursion:
     """What a rule pushes moments through the programs of its equation with.
 
@@ -232,10 +247,15 @@ class Recursion:
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         return _Walk(program, operands, steps, walk.rules, head, True).run()
 
-    def keeps(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+    @property
+    def policy(self) -> "KeepsCostly":
         """A policy of ``jax.checkpoint``: keep what takes more than a pass over its entries."""
-        rule = self._walk.rules.get(primitive.name)
-        return not (isinstance(rule, Pointwise | View | Join) or primitive.name in MOVES)
+        cheap = (
+            name
+            for name, rule in self._walk.rules.items()
+            if isinstance(name, str) and isinstance(rule, Pointwise | View | Join)
+        )
+        return KeepsCostly(MOVES.union(cheap))
 
     def moving(self, body: Body) -> list[bool]:
         """Which inputs of a body have a shift and a spread: in a loop, at any step."""

@@ -47,8 +47,10 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
         results = recurse(body, [*consts, *carry, *xs])
         return _filled(results[: len(carry)], moving), results[len(carry) :]
 
-    if not any(inner.region for inner in body.program.equations):  # of a checkpoint of the user's
-        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.keeps)
+    # Of what has an effect nothing is computed again, nor where the user says what is.
+    regions = any(inner.region for inner in body.program.equations)
+    if not (regions or _jaxpr.has_effects(body.program)):
+        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.policy)
     how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(step, _filled(carry, moving), xs, **how)
     return [*carry, *ys]
