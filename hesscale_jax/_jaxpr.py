@@ -19,7 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import source_info_util
+from jax._src import config, source_info_util
+from jax._src import core as jax_core
+from jax._src.interpreters import partial_eval
+from jax._src.state.types import RefEffect
 from jax.extend import core
 
 __all__ = [
@@ -39,6 +42,9 @@ __all__ = [
 # Calls that only group equations: they are written out, so that a block can cross their border.
 CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
 
+
+# Functions with a derivative rule of their own.
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 # Where libraries are.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
@@ -153,6 +159,11 @@ def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
     return jax.default_backend() == "cpu" and not explicit
 
 
+def stops_at_nans() -> bool:
+    """Whether each function that runs is looked at for NaN or infinity."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
 def multiply(a: Any, b: Any) -> Any:
     """``a * b`` for arrays of one rank, or floats."""
     return _without_dispatch(lax.mul, operator.mul, a, b)
@@ -220,8 +231,70 @@ def label(eqn: Equation) -> str:
 
 
 def has_effects(program: "Program") -> bool:
-    """Whether an equation of the program does more than to compute its results."""
-    return any(eqn.sources[0].effects for eqn in program.equations)
+    """Whether running the program, or differentiating it, does more than to compute results."""
+    return any(
+        eqn.sources[0].effects
+        or (eqn.name in CUSTOM and _with_derivative(eqn).effects)
+        or any(has_effects(body.program) for body in eqn.bodies)
+        for eqn in program.equations
+    )
+
+
+def run(eqn: Equation, *operands: Any) -> list[Any]:
+    """What the equation computes, from operands that no derivative flows through."""
+    with at_once() if eqn.sources[0].effects else contextlib.nullcontext():
+        return listed(bind(eqn, *operands), eqn)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Outside of the trace of ``linear_transpose``, that splits what is known from what is linear.
+
+    It has no rule for a branch that uses a mutable array.
+    """
+    trace = jax_core.trace_ctx.trace
+    if isinstance(trace, partial_eval.JaxprTrace):
+        with jax_core.set_current_trace(trace.parent_trace):
+            yield
+    else:
+        yield
+
+
+def evaluate(program: Program, operands: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+    """What some of the values of a program are."""
+    known = dict(zip(program.inputs, operands, strict=True))
+
+    def read(atom: Value | Constant) -> Any:
+        return atom.value if isinstance(atom, Constant) else known[atom]
+
+    for eqn in program.equations:
+        with context(eqn):
+            known.update(zip(eqn.outputs, run(eqn, *map(read, eqn.inputs)), strict=True))
+    return list(map(read, wanted))
+
+
+def without_state(body: Body) -> tuple[Body, list[Value]]:
+    """A body that is given what its equations with an effect return, and what that is."""
+    program = body.program
+    given = [v for eqn in program.equations if eqn.sources[0].effects for v in eqn.outputs]
+    left = [eqn for eqn in program.equations if not eqn.sources[0].effects]
+    program = Program([*program.inputs, *given], left, program.outputs)
+    # Like the choice of the branch, the first operand, what is given does not move.
+    return Body(program, [*body.inputs, *(0 for _ in given)]), given
+
+
+def uses_state(eqn: Equation) -> bool:
+    """Whether an equation reads or writes mutable arrays."""
+    return any(isinstance(effect, RefEffect) for effect in eqn.sources[0].effects)
+
+
+def pure(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """The jaxpr of a function and its results at ``args``, without effects that are not needed."""
+    closed = trace(function, *args)
+    if not (closed.effects or holds_callback({"jaxpr": closed})):
+        return closed, core.jaxpr_as_fun(closed)(*args)
+    program = flatten(closed, effects=False)
+    return closed, evaluate(program, args, program.outputs)
 
 
 def holds_callback(params: dict[str, Any]) -> bool:
@@ -241,15 +314,18 @@ def is_inexact(value: Value) -> bool:
 # Flattening
 
 
-def flatten(closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = ()) -> Program:
+def flatten(
+    closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = (), effects: bool = True
+) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
-    The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first.
+    The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first. An
+    equation with an effect is kept, unless ``effects`` are not wanted.
     """
     builder = _Builder()
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     outputs = builder.inline(closed, inputs, callers)
-    return Program(inputs, _needed(builder.equations, outputs), outputs)
+    return Program(inputs, _needed(builder.equations, outputs, effects), outputs)
 
 
 class _Builder:
@@ -358,12 +434,12 @@ def _closed(jaxpr: Any) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
+def _needed(equations: list[Equation], outputs: Sequence[Any], effects: bool) -> list[Equation]:
     """The equations that an output depends on, or that have an effect."""
     wanted = set(map(id, outputs))
     kept = []
     for eqn in reversed(equations):
-        if eqn.sources[0].effects or any(id(v) in wanted for v in eqn.outputs):
+        if (effects and eqn.sources[0].effects) or any(id(v) in wanted for v in eqn.outputs):
             wanted.update(map(id, eqn.inputs))
             kept.append(eqn)
     return kept[::-1]
@@ -465,8 +541,12 @@ def structure(jaxpr: Any) -> tuple[Any, ...]:
 
 
 def body(jaxpr: Any, eqn: Equation) -> Body:
-    """A body that takes the operands of its equation in order."""
-    program = flatten(_closed(jaxpr), eqn.sources)
+    """A body that takes the operands of its equation in order.
+
+    What a function with its own derivative computes is run for its curvature besides that
+    derivative: without effects.
+    """
+    program = flatten(_closed(jaxpr), eqn.sources, effects=eqn.name not in CUSTOM)
     return Body(program, range(len(program.inputs)))
 
 

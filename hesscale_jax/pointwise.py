@@ -42,7 +42,7 @@ from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import Reduction, push
+from hesscale_jax.rules.selection import Reduction, jvp, push
 
 __all__ = ["BlockArithmetic"]
 
@@ -119,13 +119,14 @@ class BlockArithmetic:
         """
         (value,) = eqn.outputs
         primals = [x.primal for x in operands]
-        y = _jaxpr.bind(eqn, *primals)
-        slopes, curvatures = rule.derivatives(eqn, y, primals, active)
-        slopes = {i: _plain(slope) for i, slope in slopes.items()}
         shifts = {i: operands[i].shift for i in active}
         if rule.own_jvp:
-            (shift,) = push(eqn, primals, [shifts.get(i) for i in range(len(operands))])
+            (y,), (shift,) = jvp(eqn, primals, [shifts.get(i) for i in range(len(operands))])
         else:
+            y = _jaxpr.bind(eqn, *primals)
+        slopes, curvatures = rule.derivatives(eqn, y, primals, active)
+        slopes = {i: _plain(slope) for i, slope in slopes.items()}
+        if not rule.own_jvp:
             shift = total(*(times(slopes.get(i), shifts[i]) for i in active))
 
         spans = self._block.spans[value]

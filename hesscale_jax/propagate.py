@@ -18,7 +18,7 @@ from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Selection, View
-from hesscale_jax.rules.table import find
+from hesscale_jax.rules.table import Unsupported, find
 
 __all__ = ["affine_in", "propagate"]
 
@@ -100,8 +100,7 @@ class _Walk:
 
     def _step(self, eqn: Equation) -> list[Moments]:
         if eqn not in self.plan.rules:
-            results = _jaxpr.bind(eqn, *(self._read(v).primal for v in eqn.inputs))
-            return list(map(Moments, _jaxpr.listed(results, eqn)))
+            return list(map(Moments, _jaxpr.run(eqn, *(self._read(v).primal for v in eqn.inputs))))
         rule = self.plan.rules[eqn]
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
@@ -241,6 +240,8 @@ class Recursion:
         """Push moments through a body of the equation, or a jaxpr with the same outputs."""
         body = within if isinstance(within, Body) else _jaxpr.body(within, self._eqn)
         walk, program = self._walk, body.program
+        if self._eqn.name in _jaxpr.CUSTOM:
+            _check_pure(program)
         moving = _moving(program, operands)
         asked = self._loop(body).wanted
         steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
@@ -268,6 +269,15 @@ class Recursion:
 
     def _find(self, eqn: Equation) -> Any:
         return find(self._walk.rules, eqn)
+
+
+def _check_pure(program: Program) -> None:
+    """Raise if running what a function computes besides its own derivative repeats an effect."""
+    for eqn in program.equations:
+        if eqn.sources[0].effects:
+            Unsupported(
+                "its effect would take place twice, for the gradient and for the curvature"
+            )(eqn, (), None)
 
 
 def _one_per_output(eqn: Equation, results: Any) -> list[Moments]:

@@ -116,7 +116,7 @@ def value_and_hesscale(
             diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
             return [value, *aux], grads, diagonals
 
-        if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        if _jaxpr.stops_at_nans():
             # Written out, the functions of jax.numpy show numbers that they then do not choose.
             run = jax.jit(run)
         (value, *aux), grads, diagonals = run(inputs)
@@ -209,10 +209,10 @@ class _Loss:
         if self._has_aux:
             result, aux = pair(result)
         _check_loss(result)
-        leaves, self._tree = jax.tree.flatten(aux)
-        self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-        self._known = [leaf for leaf, t in zip(leaves, self._traced, strict=True) if not t]
-        return [result, *(leaf for leaf, t in zip(leaves, self._traced, strict=True) if t)]
+        found, self._tree = jax.tree.flatten(aux)
+        self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in found]
+        self._known = [leaf for leaf, t in zip(found, self._traced, strict=True) if not t]
+        return [result, *(leaf for leaf, t in zip(found, self._traced, strict=True) if t)]
 
     def with_aux(self, arrays: Sequence[Any]) -> Any:
         """The auxiliary data, with the computed arrays in place of the traced ones."""
