@@ -206,7 +206,7 @@ class BlockArithmetic:
     def _part(self, operand: Value, result: Value) -> Derived:
         """An operand of a result, as a root of its own if it is broadcast to it."""
         part = self._read(operand)
-        if not isinstance(part.slope, float) and size(operand.shape) < size(result.shape):
+        if not isinstance(part.slope, float) and size(operand.sizes) < size(result.sizes):
             part = self._derived[operand] = Derived(_composite({part.root: part.slope}))
         return part
 
@@ -298,7 +298,7 @@ class BlockArithmetic:
             coefficient = lax.convert_element_type(coefficient, self._dtype)
         if jnp.ndim(coefficient) == 0:
             return coefficient
-        occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n > 1)
+        occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
         return _reshaped(coefficient, self._block.view(tuple(occupied)))
 
     def _leave(self, array: Any, value: Value) -> Any:
@@ -317,7 +317,7 @@ class BlockArithmetic:
         """
         if x is None or not axes:
             return x
-        present = [i for i in axes if jnp.ndim(x) and x.shape[i] > 1]
+        present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
         )
@@ -325,7 +325,7 @@ class BlockArithmetic:
             kept = [1 if i in present else n for i, n in enumerate(x.shape)]
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
-        return times(float(absent), x) if missing else x
+        return times(_jaxpr.number(absent, self._dtype), x) if missing else x
 
 
 def _held(root: Any) -> Iterator[tuple[dict[Any, Any], Any]]:

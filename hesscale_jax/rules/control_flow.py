@@ -52,8 +52,9 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
     regions = any(inner.region for inner in body.program.equations)
     if not (regions or _jaxpr.has_effects(body.program)):
         step = jax.checkpoint(step, prevent_cse=False, policy=recurse.policy)
-    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, _filled(carry, moving), xs, **how)
+    how = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    length = None if xs else eqn.params["length"]  # The former may be symbolic.
+    carry, ys = lax.scan(step, _filled(carry, moving), xs, length, **how)
     return [*carry, *ys]
 
 
