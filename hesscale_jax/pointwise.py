@@ -184,10 +184,12 @@ class BlockArithmetic:
             if key in self._spreads:
                 yield self._spreads, key
 
-    def forget(self, sources: Iterable[Value]) -> None:
-        """Take these sources in anew, and compute covariances anew."""
+    def forget(self, sources: Iterable[Value], values: Iterable[Value]) -> None:
+        """Take these sources in anew, without these values, and compute covariances anew."""
         for source in sources:
             del self._spreads[source], self._derived[source]
+        for value in values:
+            self._derived.pop(value, None)
         self._covariances.clear()
         self._local_covariances.clear()
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -169,16 +169,32 @@ class _Walk:
             for value in spread:
                 self._collapsed(value)
             held.extend((h, key) for h, key in self._held(shared) if id(h[key]) not in known)
-            return [self._moments[v] for v in handed], [h[key] for h, key in held]
+            results = [self._moments[v] for v in handed], [h[key] for h, key in held]
+            self._leave(made, shared, held, sources)
+            return results
 
         moments, arrays = jax.checkpoint(run, **region.options)()
         self._moments.update(zip(handed, moments, strict=True))
         for (holder, key), array in zip(held, arrays, strict=True):
             holder[key] = array
+
+    def _leave(
+        self,
+        made: Iterable[Value],
+        shared: Container[Value],
+        held: list[tuple[dict[Any, Any], Any]],
+        sources: dict[Block, frozenset[Value]],
+    ) -> None:
+        """Forget what was made inside of a region: it belongs to a trace that ends."""
+        for value in made:
+            self._moments.pop(value, None)  # An inner region may have forgotten it.
+        for holder, key in held:
+            holder[key] = None
         handed_over = {key for _, key in held}
-        for block in blocks:
-            new = self._blocks[block].sources - sources[block]
-            self._blocks[block].forget(new - handed_over)
+        for block, before in sources.items():
+            arithmetic = self._blocks[block]
+            inside = [v for v in made if v not in shared and self._home.get(v) is block]
+            arithmetic.forget(arithmetic.sources - before - handed_over, inside)
 
     def _stays(self, value: Any, reader: Equation) -> bool:
         """Whether a value is read in the block that makes it."""
