@@ -651,6 +651,9 @@ class Size(int):
     def __eq__(self, other: Any) -> bool:
         return bool(self.dimension == dimension(other))
 
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
     __hash__ = int.__hash__
 
     def __mul__(self, other: int) -> int:

@@ -114,7 +114,7 @@ def test_sizes_are_ordered_and_divided():
     assert 1 == one < rows < all_
     assert _jaxpr.dimension(all_ // rows) == 4 * t
     assert all_ % rows == 0
-    assert all_ % 3 and rows % 2 and 12 % rows
+    assert all(remainder for remainder in (all_ % 3, rows % 2, 12 % rows))
     assert rows * 4 == _jaxpr.sizes((4 * b,))[0] != rows * 3
     assert (4 * rows) // rows == 4
     assert rows != int(rows)

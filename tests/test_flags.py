@@ -103,7 +103,7 @@ EAGER += ["default device", "linearize", "key reuse", "constant folding"]
 WRAPS = [(name, jax.jit) for name in FLAGS] + [(name, lambda step: step) for name in EAGER]
 
 
-@pytest.mark.parametrize("name, wrap", WRAPS, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("name", "wrap"), WRAPS, ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.filterwarnings("ignore")  # of the flags themselves
 def test_a_step_under_a_flag(name, wrap):
     expected = without_flags()
