@@ -2,10 +2,13 @@
 
 The first table is of a GPT with 24 layers, not scanned. The second is of chains of matrix products,
 LayerNorm, GELU and tanh: seconds to trace, and microseconds for each equation of the loss, which do
-not grow if the analysis is linear. All are medians of 3, with JAX's caches cleared before.
+not grow if the analysis is linear. The third is of a GPT with 2 layers without ``jit``: seconds of
+the first call, which compiles one operation after another, and of a later one, of the same loss as
+a new function. All are medians of 3, with JAX's caches cleared before.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,15 @@ def run(stem: Path) -> None:
     for length in track(LENGTHS, "chains", console=console):
         count, seconds = chain(length)
         chains[count] = seconds
-    tables = [gpt_table(deep, describe(where)), chain_table(chains, describe(where))]
+    eager = without_jit()
+    tables = [
+        gpt_table(deep, describe(where)),
+        chain_table(chains, describe(where)),
+        eager_table(eager, describe(where)),
+    ]
     for each in tables:
         each.show()
-    save(stem, tables, {"machine": where, "gpt": deep, "chains": chains})
+    save(stem, tables, {"machine": where, "gpt": deep, "chains": chains, "eager": eager})
 
 
 def deep_gpt() -> dict[str, dict[str, float]]:
@@ -53,6 +61,27 @@ def deep_gpt() -> dict[str, dict[str, float]]:
             "trace_seconds": statistics.median(cost.trace_seconds for cost in costs),
             "compile_seconds": statistics.median(cost.compile_seconds for cost in costs),
         }
+    return results
+
+
+def without_jit() -> dict[str, dict[str, float]]:
+    task = gpt_task(2, vocabulary=64, length=16, width=64, heads=4, layers=2)
+    params, batch = task.draw(0, jnp.float32)
+    results = {}
+    for name in track(methods(task.loss), "GPT, 2 layers, no jit", console=console):
+
+        def call(name: str = name) -> float:
+            method = methods(lambda *args: task.loss(*args))[name]
+            start = time.perf_counter()
+            jax.block_until_ready(method(params, *batch))
+            return time.perf_counter() - start
+
+        first, later = [], []
+        for _ in range(REPEATS):
+            jax.clear_caches()
+            first.append(call())
+            later.append(call())
+        results[name] = {"first": statistics.median(first), "later": statistics.median(later)}
     return results
 
 
@@ -79,8 +108,18 @@ def equations(jaxpr: Any) -> int:
 
 
 def gpt_table(results: dict[str, dict[str, float]], where: str) -> Table:
+    columns = ["", "trace s", "ratio", "compile s", "ratio"]
+    return Table("GPT, 24 layers, width 32", columns, beside_baseline(results), [where])
+
+
+def eager_table(results: dict[str, dict[str, float]], where: str) -> Table:
+    columns = ["", "first call s", "ratio", "later s", "ratio"]
+    return Table("GPT, 2 layers, width 64, without jit", columns, beside_baseline(results), [where])
+
+
+def beside_baseline(results: dict[str, dict[str, float]]) -> list[list[str]]:
     baseline = results[BASELINE]
-    rows = [
+    return [
         [
             name,
             *(
@@ -91,8 +130,6 @@ def gpt_table(results: dict[str, dict[str, float]], where: str) -> Table:
         ]
         for name, r in results.items()
     ]
-    columns = ["", "trace s", "ratio", "compile s", "ratio"]
-    return Table("GPT, 24 layers, width 32", columns, rows, [where])
 
 
 def chain_table(results: dict[int, dict[str, float]], where: str) -> Table:

@@ -9,6 +9,7 @@ made here is pinned by one test in ``tests/test_jaxpr_contracts.py``.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import sysconfig
@@ -19,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import source_info_util
+from jax._src import config, source_info_util
+from jax._src import core as jax_core
+from jax._src.interpreters import partial_eval
+from jax._src.state.types import RefEffect
 from jax.extend import core
 
 __all__ = [
@@ -40,6 +44,9 @@ __all__ = [
 CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
 
 
+# Functions with a derivative rule of their own.
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
+
 # Where libraries are.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
 
@@ -53,6 +60,11 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.aval.shape
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape in numbers that can be compared, for the analysis of a program."""
+        return sizes(self.shape)
 
     @property
     def dtype(self) -> Any:
@@ -153,6 +165,11 @@ def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
     return jax.default_backend() == "cpu" and not explicit
 
 
+def stops_at_nans() -> bool:
+    """Whether each function that runs is looked at for NaN or infinity."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
 def multiply(a: Any, b: Any) -> Any:
     """``a * b`` for arrays of one rank, or floats."""
     return _without_dispatch(lax.mul, operator.mul, a, b)
@@ -224,6 +241,82 @@ def literal(atom: core.Literal) -> Any:
     return atom.val if hasattr(atom.val, "dtype") else np.asarray(atom.val, atom.aval.dtype)
 
 
+def has_effects(program: "Program") -> bool:
+    """Whether running the program, or differentiating it, does more than to compute results."""
+    return any(
+        eqn.sources[0].effects
+        or (eqn.name in CUSTOM and _with_derivative(eqn).effects)
+        or any(has_effects(body.program) for body in eqn.bodies)
+        for eqn in program.equations
+    )
+
+
+def run(eqn: Equation, *operands: Any) -> list[Any]:
+    """What the equation computes, from operands that no derivative flows through."""
+    with at_once() if eqn.sources[0].effects else contextlib.nullcontext():
+        return listed(bind(eqn, *operands), eqn)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Outside of the trace of ``linear_transpose``, that splits what is known from what is linear.
+
+    It has no rule for a branch that uses a mutable array.
+    """
+    trace = jax_core.trace_ctx.trace
+    if isinstance(trace, partial_eval.JaxprTrace):
+        with jax_core.set_current_trace(trace.parent_trace):
+            yield
+    else:
+        yield
+
+
+def evaluate(program: Program, operands: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+    """What some of the values of a program are."""
+    known = dict(zip(program.inputs, operands, strict=True))
+
+    def read(atom: Value | Constant) -> Any:
+        return atom.value if isinstance(atom, Constant) else known[atom]
+
+    for eqn in program.equations:
+        with context(eqn):
+            known.update(zip(eqn.outputs, run(eqn, *map(read, eqn.inputs)), strict=True))
+    return list(map(read, wanted))
+
+
+def without_state(body: Body) -> tuple[Body, list[Value]]:
+    """A body that is given what its equations with an effect return, and what that is."""
+    program = body.program
+    given = [v for eqn in program.equations if eqn.sources[0].effects for v in eqn.outputs]
+    left = [eqn for eqn in program.equations if not eqn.sources[0].effects]
+    program = Program([*program.inputs, *given], left, program.outputs)
+    # Like the choice of the branch, the first operand, what is given does not move.
+    return Body(program, [*body.inputs, *(0 for _ in given)]), given
+
+
+def uses_state(eqn: Equation) -> bool:
+    """Whether an equation reads or writes mutable arrays."""
+    return any(isinstance(effect, RefEffect) for effect in eqn.sources[0].effects)
+
+
+def pure(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """The jaxpr of a function and its results at ``args``, without effects that are not needed."""
+    closed = trace(function, *args)
+    if not (closed.effects or holds_callback({"jaxpr": closed})):
+        return closed, core.jaxpr_as_fun(closed)(*args)
+    program = flatten(closed, effects=False)
+    return closed, evaluate(program, args, program.outputs)
+
+
+def holds_callback(params: dict[str, Any]) -> bool:
+    """Whether Python is called anywhere within the jaxprs of an equation."""
+    return any(
+        "callback" in eqn.primitive.name or holds_callback(eqn.params)
+        for jaxpr in core.jaxprs_in_params(params)
+        for eqn in jaxpr.eqns
+    )
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
@@ -232,15 +325,18 @@ def is_inexact(value: Value) -> bool:
 # Flattening
 
 
-def flatten(closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = ()) -> Program:
+def flatten(
+    closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = (), effects: bool = True
+) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
-    The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first.
+    The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first. An
+    equation with an effect is kept, unless ``effects`` are not wanted.
     """
     builder = _Builder()
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     outputs = builder.inline(closed, inputs, callers)
-    return Program(inputs, _needed(builder.equations, outputs), outputs)
+    return Program(inputs, _needed(builder.equations, outputs, effects), outputs)
 
 
 class _Builder:
@@ -327,7 +423,7 @@ class _Builder:
     def _constant(self, value: Any) -> Constant:
         """One object per literal, so that equal operands are identical."""
         key: Any = id(value)
-        if np.ndim(value) == 0 and not isinstance(value, jax.Array):
+        if np.ndim(value) == 0 and not isinstance(value, jax.Array | jax.Ref):
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
@@ -349,12 +445,12 @@ def _closed(jaxpr: Any) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
+def _needed(equations: list[Equation], outputs: Sequence[Any], effects: bool) -> list[Equation]:
     """The equations that an output depends on, or that have an effect."""
     wanted = set(map(id, outputs))
     kept = []
     for eqn in reversed(equations):
-        if eqn.sources[0].effects or any(id(v) in wanted for v in eqn.outputs):
+        if (effects and eqn.sources[0].effects) or any(id(v) in wanted for v in eqn.outputs):
             wanted.update(map(id, eqn.inputs))
             kept.append(eqn)
     return kept[::-1]
@@ -456,8 +552,12 @@ def structure(jaxpr: Any) -> tuple[Any, ...]:
 
 
 def body(jaxpr: Any, eqn: Equation) -> Body:
-    """A body that takes the operands of its equation in order."""
-    program = flatten(_closed(jaxpr), eqn.sources)
+    """A body that takes the operands of its equation in order.
+
+    What a function with its own derivative computes is run for its curvature besides that
+    derivative: without effects.
+    """
+    program = flatten(_closed(jaxpr), eqn.sources, effects=eqn.name not in CUSTOM)
     return Body(program, range(len(program.inputs)))
 
 
@@ -536,6 +636,85 @@ def _transpose(x: Any, permutation: list[int]) -> Any:
     return x if permutation == sorted(permutation) else lax.transpose(x, permutation)
 
 
+# Sizes that are not known, as those of a program to export
+
+
 def size(shape: tuple[int, ...]) -> int:
     """The number of entries of an array of this shape."""
     return math.prod(shape)
+
+
+class Size(int):
+    """A number that stands for a symbolic dimension, so that one can order and divide sizes.
+
+    It is the dimension's value where each symbol is a large prime. Two are equal, and one divides
+    another, if that holds for the dimensions, whatever the symbols are.
+    """
+
+    dimension: Any
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.dimension == dimension(other))
+
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+    def __mul__(self, other: int) -> int:
+        return _sized(self.dimension * dimension(other), int(self) * int(other))
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: int) -> int:
+        return _sized(self.dimension // dimension(other), int(self) // int(other))
+
+    def __rfloordiv__(self, other: int) -> int:
+        return _sized(other // self.dimension, other // int(self))
+
+    def __mod__(self, other: int) -> int:
+        return int((self.dimension % dimension(other)) != 0)
+
+    def __rmod__(self, other: int) -> int:
+        return int((other % self.dimension) != 0)
+
+
+def sizes(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """A shape in numbers that can be compared."""
+    if all(isinstance(n, int) for n in shape):
+        return shape
+    return tuple(_sized(n, _value(n)) for n in shape)
+
+
+def dimension(size: int) -> Any:
+    """The dimension that a size stands for."""
+    return size.dimension if isinstance(size, Size) else size
+
+
+def number(size: Any, dtype: Any) -> Any:
+    """A size as a factor: a float if it is known, else an array of this dtype."""
+    return float(size) if isinstance(size, int) else jnp.asarray(size, dtype)
+
+
+def _sized(dimension: Any, value: int) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    size = Size(value)
+    size.dimension = dimension
+    return size
+
+
+def _value(dimension: Any) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    values = {name: _prime(name) for name in sorted(dimension._get_vars())}
+    return int(dimension._evaluate(values))
+
+
+_primes = (n for n in itertools.count(10007, 2) if all(n % k for k in range(3, 200, 2)))
+
+
+@functools.cache
+def _prime(name: str) -> int:
+    """Another one for each symbol."""
+    return next(_primes)

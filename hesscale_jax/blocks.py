@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hesscale_jax._jaxpr import Body, Equation, Program, Value, is_inexact, size
+from hesscale_jax._jaxpr import Body, Equation, Program, Value, dimension, is_inexact, size
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.selection import Join, PiecewiseConstant, Reduction, View
@@ -63,7 +63,7 @@ class Block:
     @property
     def frame(self) -> tuple[int, ...]:
         """The sizes of the frame's axes: the coarsest shape that every value is a view of."""
-        return tuple(hi // lo for lo, hi in self._axes())
+        return tuple(dimension(hi // lo) for lo, hi in self._axes())
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -72,7 +72,9 @@ class Block:
 
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
-        return tuple(hi // lo if _inside((lo, hi), spans) else 1 for lo, hi in self._axes())
+        return tuple(
+            dimension(hi // lo) if _inside((lo, hi), spans) else 1 for lo, hi in self._axes()
+        )
 
     def _axes(self) -> Iterator[Span]:
         return zip(self._bounds, self._bounds[1:], strict=False)
@@ -95,7 +97,7 @@ class Block:
         self._reduced = self._reduced if reduced is None else reduced
         self.spans.update(placed)
         for value, spans in placed.items():
-            self._of_shape.setdefault(value.shape, {})[spans] = None
+            self._of_shape.setdefault(value.sizes, {})[spans] = None
 
     def places(self, shape: tuple[int, ...]) -> Iterable[Spans]:
         """Where the values of a shape lie, the first one's place first."""
@@ -103,7 +105,7 @@ class Block:
 
     def fill(self, value: Value) -> bool:
         """Whether the value has as many entries as the frame."""
-        return size(value.shape) == self.entries
+        return size(value.sizes) == self.entries
 
     def absorb(self, other: "Block", move: Callable[[Span], Span]) -> None:
         """Take over another block, each span of whose frame is moved to one of this one's."""
@@ -180,12 +182,12 @@ def broadcast_like(
     It is there to meet a value of its shape, and lies as one does; else a new dimension lies right
     behind the one before it.
     """
-    kept = {i: spans[j] for j, i in enumerate(dimensions) if old.shape[j] == new.shape[i]}
-    for placed in block.places(new.shape):
+    kept = {i: spans[j] for j, i in enumerate(dimensions) if old.sizes[j] == new.sizes[i]}
+    for placed in block.places(new.sizes):
         if all(placed[i] == span for i, span in kept.items()):
             return placed
     result, behind = [], 1
-    for i, n in enumerate(new.shape):
+    for i, n in enumerate(new.sizes):
         lo, hi = kept.get(i, (behind, behind * n)) if n > 1 else NOTHING
         if n > 1 and lo < behind:
             raise DoesNotFit
@@ -259,7 +261,7 @@ def _reach(
 ) -> tuple[set[Value], dict[Equation, Any]]:
     """The values that move with the inputs, and the rules of the equations that read them."""
     # An array without entries carries no derivative anywhere.
-    reached = {v for v in moving if size(v.shape)}
+    reached = {v for v in moving if size(v.sizes)}
     found = {}
     for eqn in program.equations:
         if reached.isdisjoint(eqn.inputs):
@@ -271,7 +273,7 @@ def _reach(
         elif isinstance(rule, ControlFlow):
             inside = [_moving(eqn, body, reached, find)[1] for body in eqn.bodies]
             moved = [v for i, v in enumerate(eqn.outputs) if any(i in m for m in inside)]
-        reached.update(v for v in moved if is_inexact(v) and size(v.shape))
+        reached.update(v for v in moved if is_inexact(v) and size(v.sizes))
     return reached, found
 
 
@@ -364,13 +366,13 @@ class _Grouping:
         (result,) = eqn.outputs
         if isinstance(rule, Pointwise):
             # The result lies where the operands of its shape do; one of a single entry, nowhere.
-            single = size(result.shape) == 1
-            alike = [v for v in homes if single or v.shape == result.shape]
+            single = size(result.sizes) == 1
+            alike = [v for v in homes if single or v.sizes == result.sizes]
             if not alike:
-                return self._fill_frame(result, {v: range(len(v.shape)) for v in operands}, homes)
+                return self._fill_frame(result, {v: range(len(v.sizes)) for v in operands}, homes)
             guide = max(alike, key=lambda v: homes[v].entries)
-            spans = row_major(result.shape) if single else homes[guide].spans[guide]
-            placed = {v: broadcast(v.shape, spans) for v in operands}
+            spans = row_major(result.sizes) if single else homes[guide].spans[guide]
+            placed = {v: broadcast(v.sizes, spans) for v in operands}
             return self._merge(result, spans, placed, homes, homes[guide].entries)
         if isinstance(rule, Join):
             if len(set(homes.values())) != 1 or homes.keys() != set(operands):
@@ -378,20 +380,20 @@ class _Grouping:
             return self._fill_frame(result, {v: rule.dimensions(eqn) for v in operands}, homes)
 
         (operand,) = set(operands)
-        block = homes.get(operand) or Block(size(operand.shape))
-        if eqn.name == "broadcast_in_dim" and block.entries == size(operand.shape):
+        block = homes.get(operand) or Block(size(operand.sizes))
+        if eqn.name == "broadcast_in_dim" and block.entries == size(operand.sizes):
             dimensions = eqn.params["broadcast_dimensions"]
             return self._fill_frame(result, {operand: dimensions}, homes)
-        spans = block.spans.get(operand, row_major(operand.shape))
+        spans = block.spans.get(operand, row_major(operand.sizes))
         reduced = None
         if isinstance(rule, Reduction):
             axes = rule.axes(eqn)
             reduced = merged(spans[i] for i in axes) or None
-            made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.shape)
+            made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.sizes)
         elif eqn.name == "broadcast_in_dim":
             made = broadcast_like(block, spans, operand, result, eqn.params["broadcast_dimensions"])
         else:
-            made = reshaped(spans, result.shape)
+            made = reshaped(spans, result.sizes)
         block.place({operand: spans, result: made}, reduced)
         return block
 
@@ -399,9 +401,9 @@ class _Grouping:
         self, result: Value, dimensions: dict[Value, Sequence[int]], homes: dict[Value, Block]
     ) -> Block:
         """The block of a result that fills the frame, with the operands along its dimensions."""
-        spans = row_major(result.shape)
-        placed = {v: broadcast(v.shape, [spans[i] for i in at]) for v, at in dimensions.items()}
-        return self._merge(result, spans, placed, homes, size(result.shape))
+        spans = row_major(result.sizes)
+        placed = {v: broadcast(v.sizes, [spans[i] for i in at]) for v, at in dimensions.items()}
+        return self._merge(result, spans, placed, homes, size(result.sizes))
 
     def _merge(
         self,

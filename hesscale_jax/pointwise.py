@@ -42,7 +42,7 @@ from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import Reduction, push
+from hesscale_jax.rules.selection import Reduction, jvp, push
 
 __all__ = ["BlockArithmetic"]
 
@@ -119,13 +119,14 @@ class BlockArithmetic:
         """
         (value,) = eqn.outputs
         primals = [x.primal for x in operands]
-        y = _jaxpr.bind(eqn, *primals)
-        slopes, curvatures = rule.derivatives(eqn, y, primals, active)
-        slopes = {i: _plain(slope) for i, slope in slopes.items()}
         shifts = {i: operands[i].shift for i in active}
         if rule.own_jvp:
-            (shift,) = push(eqn, primals, [shifts.get(i) for i in range(len(operands))])
+            (y,), (shift,) = jvp(eqn, primals, [shifts.get(i) for i in range(len(operands))])
         else:
+            y = _jaxpr.bind(eqn, *primals)
+        slopes, curvatures = rule.derivatives(eqn, y, primals, active)
+        slopes = {i: _plain(slope) for i, slope in slopes.items()}
+        if not rule.own_jvp:
             shift = total(*(times(slopes.get(i), shifts[i]) for i in active))
 
         spans = self._block.spans[value]
@@ -183,10 +184,12 @@ class BlockArithmetic:
             if key in self._spreads:
                 yield self._spreads, key
 
-    def forget(self, sources: Iterable[Value]) -> None:
-        """Take these sources in anew, and compute covariances anew."""
+    def forget(self, sources: Iterable[Value], values: Iterable[Value]) -> None:
+        """Take these sources in anew, without these values, and compute covariances anew."""
         for source in sources:
             del self._spreads[source], self._derived[source]
+        for value in values:
+            self._derived.pop(value, None)
         self._covariances.clear()
         self._local_covariances.clear()
 
@@ -205,7 +208,7 @@ class BlockArithmetic:
     def _part(self, operand: Value, result: Value) -> Derived:
         """An operand of a result, as a root of its own if it is broadcast to it."""
         part = self._read(operand)
-        if not isinstance(part.slope, float) and size(operand.shape) < size(result.shape):
+        if not isinstance(part.slope, float) and size(operand.sizes) < size(result.sizes):
             part = self._derived[operand] = Derived(_composite({part.root: part.slope}))
         return part
 
@@ -297,7 +300,7 @@ class BlockArithmetic:
             coefficient = lax.convert_element_type(coefficient, self._dtype)
         if jnp.ndim(coefficient) == 0:
             return coefficient
-        occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n > 1)
+        occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
         return _reshaped(coefficient, self._block.view(tuple(occupied)))
 
     def _leave(self, array: Any, value: Value) -> Any:
@@ -316,7 +319,7 @@ class BlockArithmetic:
         """
         if x is None or not axes:
             return x
-        present = [i for i in axes if jnp.ndim(x) and x.shape[i] > 1]
+        present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
         )
@@ -324,7 +327,7 @@ class BlockArithmetic:
             kept = [1 if i in present else n for i, n in enumerate(x.shape)]
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
-        return times(float(absent), x) if missing else x
+        return times(_jaxpr.number(absent, self._dtype), x) if missing else x
 
 
 def _held(root: Any) -> Iterator[tuple[dict[Any, Any], Any]]:

@@ -1,9 +1,10 @@
 """The interpreter: one walk over a program in program order, moments in, moments out."""
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Selection, View
-from hesscale_jax.rules.table import find
+from hesscale_jax.rules.table import Unsupported, find
 
 __all__ = ["affine_in", "propagate"]
 
@@ -99,8 +100,7 @@ class _Walk:
 
     def _step(self, eqn: Equation) -> list[Moments]:
         if eqn not in self.plan.rules:
-            results = _jaxpr.bind(eqn, *(self._read(v).primal for v in eqn.inputs))
-            return list(map(Moments, _jaxpr.listed(results, eqn)))
+            return list(map(Moments, _jaxpr.run(eqn, *(self._read(v).primal for v in eqn.inputs))))
         rule = self.plan.rules[eqn]
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
@@ -169,16 +169,32 @@ class _Walk:
             for value in spread:
                 self._collapsed(value)
             held.extend((h, key) for h, key in self._held(shared) if id(h[key]) not in known)
-            return [self._moments[v] for v in handed], [h[key] for h, key in held]
+            results = [self._moments[v] for v in handed], [h[key] for h, key in held]
+            self._leave(made, shared, held, sources)
+            return results
 
         moments, arrays = jax.checkpoint(run, **region.options)()
         self._moments.update(zip(handed, moments, strict=True))
         for (holder, key), array in zip(held, arrays, strict=True):
             holder[key] = array
+
+    def _leave(
+        self,
+        made: Iterable[Value],
+        shared: Container[Value],
+        held: list[tuple[dict[Any, Any], Any]],
+        sources: dict[Block, frozenset[Value]],
+    ) -> None:
+        """Forget what was made inside of a region: it belongs to a trace that ends."""
+        for value in made:
+            self._moments.pop(value, None)  # An inner region may have forgotten it.
+        for holder, key in held:
+            holder[key] = None
         handed_over = {key for _, key in held}
-        for block in blocks:
-            new = self._blocks[block].sources - sources[block]
-            self._blocks[block].forget(new - handed_over)
+        for block, before in sources.items():
+            arithmetic = self._blocks[block]
+            inside = [v for v in made if v not in shared and self._home.get(v) is block]
+            arithmetic.forget(arithmetic.sources - before - handed_over, inside)
 
     def _stays(self, value: Any, reader: Equation) -> bool:
         """Whether a value is read in the block that makes it."""
@@ -208,6 +224,20 @@ class _Walk:
         return readers
 
 
+@dataclasses.dataclass(frozen=True)
+class KeepsCostly:
+    """A policy of ``jax.checkpoint``, which JAX's caches hold: it refers to nothing else.
+
+    Attributes:
+      cheap: The primitives of which nothing is kept, unless they call the host.
+    """
+
+    cheap: frozenset[str]
+
+    def __call__(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+        return primitive.name not in self.cheap or _jaxpr.holds_callback(params)
+
+
 class Recursion:
     """What a rule pushes moments through the programs of its equation with.
 
@@ -226,16 +256,23 @@ class Recursion:
         """Push moments through a body of the equation, or a jaxpr with the same outputs."""
         body = within if isinstance(within, Body) else _jaxpr.body(within, self._eqn)
         walk, program = self._walk, body.program
+        if self._eqn.name in _jaxpr.CUSTOM:
+            _check_pure(program)
         moving = _moving(program, operands)
         asked = self._loop(body).wanted
         steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         return _Walk(program, operands, steps, walk.rules, head, True).run()
 
-    def keeps(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+    @property
+    def policy(self) -> "KeepsCostly":
         """A policy of ``jax.checkpoint``: keep what takes more than a pass over its entries."""
-        rule = self._walk.rules.get(primitive.name)
-        return not (isinstance(rule, Pointwise | View | Join) or primitive.name in MOVES)
+        cheap = (
+            name
+            for name, rule in self._walk.rules.items()
+            if isinstance(name, str) and isinstance(rule, Pointwise | View | Join)
+        )
+        return KeepsCostly(MOVES.union(cheap))
 
     def moving(self, body: Body) -> list[bool]:
         """Which inputs of a body have a shift and a spread: in a loop, at any step."""
@@ -248,6 +285,15 @@ class Recursion:
 
     def _find(self, eqn: Equation) -> Any:
         return find(self._walk.rules, eqn)
+
+
+def _check_pure(program: Program) -> None:
+    """Raise if running what a function computes besides its own derivative repeats an effect."""
+    for eqn in program.equations:
+        if eqn.sources[0].effects:
+            Unsupported(
+                "its effect would take place twice, for the gradient and for the curvature"
+            )(eqn, (), None)
 
 
 def _one_per_output(eqn: Equation, results: Any) -> list[Moments]:

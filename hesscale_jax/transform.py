@@ -108,10 +108,18 @@ def value_and_hesscale(
         program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
-        primals, transpose = transposed(program, inputs, rules, curvature)
-        value, *aux = map(jnp.asarray, primals)
-        grads, diagonals = transpose(lax.full_like(value, 1))
-        diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
+
+        def run(inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+            primals, transpose = transposed(program, inputs, rules, curvature)
+            value, *aux = map(jnp.asarray, primals)
+            grads, diagonals = transpose(lax.full_like(value, 1))
+            diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
+            return [value, *aux], grads, diagonals
+
+        if _jaxpr.stops_at_nans():
+            # Written out, the functions of jax.numpy show numbers that they then do not choose.
+            run = jax.jit(run)
+        (value, *aux), grads, diagonals = run(inputs)
         result = tuple(
             found[0] if isinstance(argnums, int) else tuple(found)
             for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, diagonals))
@@ -201,14 +209,15 @@ class _Loss:
         if self._has_aux:
             result, aux = pair(result)
         _check_loss(result)
-        self._leaves, self._tree = jax.tree.flatten(aux)
-        self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in self._leaves]
-        return [result, *(x for x, t in zip(self._leaves, self._traced, strict=True) if t)]
+        found, self._tree = jax.tree.flatten(aux)
+        self._traced = [isinstance(leaf, jax.core.Tracer) for leaf in found]
+        self._known = [leaf for leaf, t in zip(found, self._traced, strict=True) if not t]
+        return [result, *(leaf for leaf, t in zip(found, self._traced, strict=True) if t)]
 
     def with_aux(self, arrays: Sequence[Any]) -> Any:
         """The auxiliary data, with the computed arrays in place of the traced ones."""
-        left = iter(arrays)
-        leaves = [next(left) if t else x for x, t in zip(self._leaves, self._traced, strict=True)]
+        computed, known = iter(arrays), iter(self._known)
+        leaves = [next(computed if t else known) for t in self._traced]
         return jax.tree.unflatten(self._tree, leaves)
 
 

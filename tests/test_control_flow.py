@@ -10,6 +10,7 @@ import pytest
 from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 
 import hesscale_jax as hs
 from hesscale_jax import testing
@@ -426,3 +427,173 @@ def test_a_loop_keeps_no_more_of_a_step_than_the_gradient_does():
         return sum(v.aval.size for v in forward.outvars)
 
     assert kept(hs.hesscale(loss)) <= kept(jax.grad(loss))
+
+
+# What has an effect takes place as often as under jax.grad
+
+CALLS = []
+
+
+def number(x):
+    CALLS.append(1)
+    return np.asarray(1.0 + len(CALLS) % 5)
+
+
+def printed(x, ref):
+    jax.debug.callback(lambda x: CALLS.append(1), x.sum())
+    return 1.0
+
+
+def from_the_host(x, ref, ordered):
+    shape = jax.ShapeDtypeStruct((), x.dtype)
+    return io_callback(number, shape, lax.stop_gradient(x.sum()), ordered=ordered)
+
+
+def pure(x, ref):
+    def scale(x):
+        return 1.0 + 0.1 * x + 0.0 * number(x)
+
+    return jax.pure_callback(scale, jax.ShapeDtypeStruct((), x.dtype), lax.stop_gradient(x.sum()))
+
+
+def counted(x, ref):
+    ref[...] = ref[...] + 1
+    return ref[...].sum()
+
+
+def stored(x, ref):
+    ref[...] = ref[...] + lax.stop_gradient(x.sum())
+    return 1.0
+
+
+EFFECTS = {
+    "print": printed,
+    "host": functools.partial(from_the_host, ordered=False),
+    "host, in order": functools.partial(from_the_host, ordered=True),
+    "pure": pure,
+    "read": counted,
+    "written": stored,
+}
+
+
+def sine(effect, wrap):
+    """A function with a derivative of its own, and an effect."""
+
+    @wrap
+    def fun(x):
+        effect(x)
+        return jnp.sin(x)
+
+    if wrap is jax.custom_jvp:
+        fun.defjvp(lambda primals, tangents: (fun(*primals), jnp.cos(primals[0]) * tangents[0]))
+    else:
+        fun.defvjp(lambda x: (fun(x), x), lambda x, g: (jnp.cos(x) * g,))
+    return fun
+
+
+def sine_with_an_effect_forwards(effect):
+    fun = jax.custom_vjp(jnp.sin)
+    fun.defvjp(lambda x: ((effect(x), fun(x))[1], x), lambda x, g: (jnp.cos(x) * g,))
+    return fun
+
+
+def over_time(step, w):
+    return lax.scan(lambda h, x: (step(h, x), None), INPUTS[0], INPUTS)[0]
+
+
+def unused(effect, w):
+    lax.scan(lambda c, x: (c + effect(x), None), 0.0, INPUTS)
+    lax.cond(INPUTS.sum() < 1e6, lambda: effect(INPUTS) * 1.0, lambda: 0.0)
+    return INPUTS @ w
+
+
+def nested(effect, w):
+    def inner(h, x):
+        return jnp.tanh(h @ w + effect(h) * x), None
+
+    return over_time(lambda h, x: lax.scan(inner, h, jnp.stack([x, 2 * x]))[0], w)
+
+
+PLACES = {
+    "twice": lambda effect, w: jnp.tanh(INPUTS @ w * effect(INPUTS)) * effect(INPUTS),
+    "scan": lambda effect, w: over_time(lambda h, x: jnp.tanh(h @ w + effect(h) * x), w),
+    "scan in a scan": nested,
+    "cond": lambda effect, w: lax.cond(
+        (INPUTS @ w).sum() < 1e6, lambda x: jnp.tanh(x @ w) * effect(x @ w), jnp.sin, INPUTS
+    ),
+    "not needed": unused,
+    "custom_jvp": lambda effect, w: sine(effect, jax.custom_jvp)(INPUTS @ w),
+    "custom_vjp": lambda effect, w: sine(effect, jax.custom_vjp)(INPUTS @ w),
+    "custom_vjp in a scan": lambda effect, w: over_time(
+        lambda h, x: sine_with_an_effect_forwards(effect)(h @ w + x), w
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", EFFECTS)
+def test_effects_take_place_as_often_as_under_grad(kind, place):
+    uses_ref = kind in ("read", "written")
+    if kind == "pure" and (place == "not needed" or place.startswith("custom")):
+        pytest.skip("what is pure and not needed is left out")
+    if uses_ref and place in ("custom_jvp", "custom_vjp in a scan"):
+        pytest.skip("under jax.grad it raises, or takes place once for all steps")
+
+    def run(transform, shape):
+        CALLS.clear()
+        ref = jax.new_ref(jnp.zeros(shape))
+
+        def fun(w, ref):
+            def loss(w):
+                return jnp.sum(PLACES[place](lambda x: EFFECTS[kind](x, ref), w) ** 2)
+
+            return transform(loss)(w)
+
+        result = jax.block_until_ready(jax.jit(fun)(weights, ref))
+        jax.effects_barrier()
+        return result, len(CALLS), ref[...]
+
+    weights = jnp.asarray(PARAMS["layers"]["w"][0])
+    for shape in [(), (1,)] if uses_ref else [()]:
+        grad, calls, state = run(jax.grad, shape)
+        assert calls or uses_ref or place == "custom_vjp in a scan"
+        (found, hess_diag), found_calls, found_state = run(hs.hesscale, shape)
+        assert_close(found, grad)
+        assert np.isfinite(hess_diag).all()
+        assert found_calls == calls
+        assert_close(found_state, state)
+
+
+def test_mutable_arrays_in_a_branch_give_the_right_diagonal():
+    w = jnp.asarray(PARAMS["layers"]["w"][0])
+
+    def loss(w, ref):
+        def branch(x):
+            ref[...] = ref[...] + 2.0
+            return jnp.tanh(x @ w) * ref[...]
+
+        return jnp.sum(lax.cond(INPUTS.sum() < 1e6, branch, lambda x: x, INPUTS) ** 2)
+
+    received = hs.hesscale(loss)(w, jax.new_ref(jnp.zeros(())))
+    assert_close(received, hs.hesscale(lambda w: jnp.sum((jnp.tanh(INPUTS @ w) * 2.0) ** 2))(w))
+
+
+def test_what_would_take_place_twice_raises():
+    def loss(w):
+        fun = jax.custom_vjp(lambda x: jnp.sin(x) * from_the_host(x, None, True))
+        fun.defvjp(lambda x: (fun(x), x), lambda x, g: (jnp.cos(x) * g,))
+        return jnp.sum(fun(INPUTS @ w))
+
+    def in_a_loop_in_a_branch(w, ref):
+        def branch(x):
+            return lax.scan(lambda h, _: (jnp.tanh(h @ w) * ref[...], None), x, length=2)[0]
+
+        return jnp.sum(lax.cond(INPUTS.sum() < 1e6, branch, lambda x: x, INPUTS))
+
+    w = jnp.asarray(PARAMS["layers"]["w"][0])
+    with pytest.raises(
+        hs.UnsupportedPrimitiveError, match=r"io_callback.* its curvature is taken from"
+    ):
+        hs.hesscale(loss)(w)
+    with pytest.raises(hs.UnsupportedPrimitiveError, match="in a branch, mutable arrays"):
+        hs.hesscale(in_a_loop_in_a_branch)(w, jax.new_ref(jnp.ones(())))

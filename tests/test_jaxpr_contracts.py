@@ -8,7 +8,7 @@ import pytest
 from cases import normal
 from jax import lax, nn
 from jax._src import source_info_util
-from jax.experimental import pallas
+from jax.experimental import io_callback, pallas
 from jax.extend import core
 
 from hesscale_jax import _jaxpr
@@ -22,16 +22,7 @@ def names(fun, *args):
 def evaluate(fun, *args):
     """Run a flattened program."""
     program = flatten(trace(fun, *args))
-    env = dict(zip(program.inputs, args, strict=True))
-
-    def read(atom):
-        return atom.value if isinstance(atom, Constant) else env[atom]
-
-    for eqn in program.equations:
-        with _jaxpr.context(eqn):
-            results = _jaxpr.bind(eqn, *map(read, eqn.inputs))
-        env.update(zip(eqn.outputs, _jaxpr.listed(results, eqn), strict=True))
-    return [read(v) for v in program.outputs]
+    return _jaxpr.evaluate(program, args, program.outputs)
 
 
 def test_nested_calls_are_written_out():
@@ -88,6 +79,71 @@ def test_effects_are_neither_merged_nor_dropped():
         return x
 
     assert len(names(fun, 1.0)) == 2
+
+
+def test_callbacks_are_known_by_their_names():
+    shape = jax.ShapeDtypeStruct((), jnp.float64)
+    calls = [
+        lambda x: jax.debug.callback(lambda x: None, x),
+        lambda x: jax.pure_callback(np.sin, shape, x),
+        lambda x: io_callback(np.sin, shape, x),
+    ]
+    for call in calls:
+        assert _jaxpr.holds_callback({"jaxpr": trace(jax.jit(call), 1.0)})
+    assert not _jaxpr.holds_callback({"jaxpr": trace(jax.jit(jnp.sin), 1.0)})
+
+
+def test_mutable_arrays_are_effects_of_what_uses_them():
+    def fun(ref):
+        return lax.cond(ref[...] > 0, lambda: ref[...], lambda: 0.0)
+
+    *_, eqn = flatten(trace(fun, jax.new_ref(jnp.zeros(())))).equations
+    assert _jaxpr.uses_state(eqn)
+    (eqn,) = flatten(trace(lambda x: jax.debug.callback(lambda x: None, x), 1.0)).equations
+    assert not _jaxpr.uses_state(eqn)
+    body, given = _jaxpr.without_state(
+        flatten(trace(fun, jax.new_ref(1.0))).equations[-1].bodies[1]
+    )
+    assert len(given) == 1
+    assert body.program.equations == []
+
+
+def test_what_is_known_is_outside_of_a_transposed_function():
+    """Partial evaluation does not take a branch with a mutable array, even of what is known."""
+    ref = jax.new_ref(jnp.zeros(()))
+
+    def count():
+        ref[...] += 1
+
+    def fun(x):
+        with _jaxpr.at_once():
+            lax.cond(True, count, lambda: None)
+        return 2 * x
+
+    (received,) = jax.linear_transpose(fun, 1.0)(1.0)
+    assert received == 2
+    assert ref[...] == 1
+
+
+def test_derivatives_are_traced_without_effects_that_nobody_needs():
+    calls = []
+
+    def fun(x):
+        jax.debug.callback(lambda x: calls.append(x), x)
+        return jnp.sin(x)
+
+    closed, (received,) = _jaxpr.pure(jax.jit(fun), 1.0)
+    jax.effects_barrier()
+    assert closed.effects
+    assert calls == []
+    assert received == jnp.sin(1.0)
+
+
+def test_flags_that_look_for_nans():
+    assert not _jaxpr.stops_at_nans()
+    for flag in (jax.debug_nans, jax.debug_infs):
+        with flag(True):
+            assert _jaxpr.stops_at_nans()
 
 
 def test_what_no_output_needs_is_left_out():

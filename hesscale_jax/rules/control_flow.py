@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation
+from hesscale_jax._jaxpr import Body, Equation
 from hesscale_jax.errors import WhileLoopError
 from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.rules.table import Unsupported
 
 __all__ = ["ControlFlow", "cond", "scan", "shard_map", "while_loop"]
 
@@ -47,21 +48,54 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
         results = recurse(body, [*consts, *carry, *xs])
         return _filled(results[: len(carry)], moving), results[len(carry) :]
 
-    if not any(inner.region for inner in body.program.equations):  # of a checkpoint of the user's
-        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.keeps)
-    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, _filled(carry, moving), xs, **how)
+    # Of what has an effect nothing is computed again, nor where the user says what is.
+    regions = any(inner.region for inner in body.program.equations)
+    if not (regions or _jaxpr.has_effects(body.program)):
+        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.policy)
+    how = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    length = None if xs else eqn.params["length"]  # The former may be symbolic.
+    carry, ys = lax.scan(step, _filled(carry, moving), xs, length, **how)
     return [*carry, *ys]
 
 
 def _cond(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``y = branches[which](x)``: a result has moments if it has in any branch."""
     which, *operands = operands
+    bodies: list[Body] = list(eqn.bodies)
+    given: list[list[Any]] = [[] for _ in bodies]
+    if _jaxpr.uses_state(eqn):
+        bodies, given = _with_state(eqn, which.primal, [x.primal for x in operands])
 
-    def run(body: Any) -> Callable[[list[Moments]], list[Moments]]:
-        return lambda operands: _filled(recurse(body, operands), recurse.wanted)
+    def run(body: Body, given: list[Any]) -> Callable[[list[Moments]], list[Moments]]:
+        def branch(operands: list[Moments]) -> list[Moments]:
+            return _filled(recurse(body, [*operands, *map(Moments, given)]), recurse.wanted)
 
-    return lax.switch(which.primal, [run(body) for body in eqn.bodies], operands)
+        return branch
+
+    return lax.switch(which.primal, list(map(run, bodies, given)), operands)
+
+
+def _with_state(eqn: Equation, which: Any, primals: list[Any]) -> tuple[list[Body], Any]:
+    """Branches without an effect, and what their equations with one return.
+
+    Mutable arrays are read and written here, once; the moments are pushed through the rest.
+    """
+    for inner in (inner for body in eqn.bodies for inner in body.program.equations):
+        if inner.sources[0].effects and inner.bodies and any(map(_jaxpr.is_inexact, inner.outputs)):
+            reason = "in a branch, mutable arrays are not followed into loops and further branches"
+            Unsupported(reason, curable=False)(inner, (), None)
+    bodies, returned = zip(*map(_jaxpr.without_state, eqn.bodies), strict=True)
+
+    def run(chosen: int) -> Callable[[], list[list[Any]]]:
+        def branch() -> list[list[Any]]:
+            others = [[jnp.zeros(v.shape, v.dtype) for v in values] for values in returned]
+            others[chosen] = _jaxpr.evaluate(eqn.bodies[chosen].program, primals, returned[chosen])
+            return others
+
+        return branch
+
+    with _jaxpr.at_once():
+        return list(bodies), lax.switch(which, list(map(run, range(len(bodies)))))
 
 
 def _while(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:

@@ -9,7 +9,7 @@ from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments
 from hesscale_jax.rules.derivatives import Pointwise, nested
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import PiecewiseConstant, push
+from hesscale_jax.rules.selection import PiecewiseConstant, jvp
 from hesscale_jax.rules.table import ByEquation, Find
 
 __all__ = ["custom_jvp", "custom_rule", "defined_by"]
@@ -63,8 +63,7 @@ def defined_by(function: Callable[..., Any]) -> Rule:
 def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -> list[Moments]:
     """The equation's own derivative along the shifts, and what the spreads give in ``body``."""
     primals = [x.primal for x in operands]
-    results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
-    shifts = push(eqn, primals, [x.shift for x in operands])
+    results, shifts = jvp(eqn, primals, [x.shift for x in operands])
     bends = recurse(body, [x._replace(shift=None) for x in operands])
     return [
         Moments(y, total(shift, bend.shift), bend.spread)

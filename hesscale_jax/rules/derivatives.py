@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
@@ -129,8 +128,7 @@ def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[
         return [*first, *(_partial(_partial(wide, i), j)(*ws) for i, j in pairs)]
 
     xs = [operands[i] for i in positions]
-    traced = _jaxpr.trace(derivatives, *xs)
-    found = core.jaxpr_as_fun(traced)(*xs)
+    traced, found = _jaxpr.pure(derivatives, *xs)
     keys = [*positions, *((positions[i], positions[j]) for i, j in pairs)]
     zero = _jaxpr.zero_outputs(traced)
     kept = {k: c for k, c, null in zip(keys, found, zero, strict=True) if not null}

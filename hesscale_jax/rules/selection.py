@@ -198,14 +198,23 @@ def _scatter_add(eqn: Equation, x: Any, indices: Any, updates: Any) -> Any:
 def push(eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
     """The primitive's derivative along the tangents that are not ``None``, one per output."""
     moving = [i for i, t in enumerate(tangents) if t is not None]
-    if not moving:
-        return [None] * len(eqn.outputs)
+    return jvp(eqn, primals, tangents)[1] if moving else [None] * len(eqn.outputs)
+
+
+def jvp(
+    eqn: Equation, primals: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The equation's results, run once, and its derivative as of :func:`push`."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
     fun = _jaxpr.along(eqn, primals, moving)
-    _, pushed = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
-    return [
+    if not moving:
+        return _jaxpr.listed(fun(), eqn), [None] * len(eqn.outputs)
+    results, pushed = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
+    derivative = [
         t if _jaxpr.is_inexact(v) else None
         for t, v in zip(_jaxpr.listed(pushed, eqn), eqn.outputs, strict=True)
     ]
+    return _jaxpr.listed(results, eqn), derivative
 
 
 def _share_squared(a: Any, b: Any, y: Any) -> Any:
