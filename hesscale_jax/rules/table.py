@@ -15,6 +15,11 @@ __all__ = ["ByEquation", "PiecewiseConstant", "Unsupported", "find"]
 
 Find = Callable[[Equation], Any]
 
+COMPLEX = (
+    "complex values have to be written out in their real and imaginary parts, and for this primitive "
+    "there is no such form"
+)
+
 # Their result is not what they change, so that a path would end here unseen.
 STORES = frozenset({"accum_grad_in_ref", "addupdate", "masked_swap", "swap"})
 
@@ -63,7 +68,7 @@ def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
     if rule is None and eqn.name in STORES:
         Unsupported(UNSUPPORTED[eqn.name], curable=False)(eqn, (), None)
     if _is_complex(eqn):
-        return Unsupported("complex values are not carried", curable=False)
+        return Unsupported(COMPLEX, curable=False)
     return Unsupported(UNSUPPORTED.get(eqn.name, "")) if rule is None else rule
 
 
