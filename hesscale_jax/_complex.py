@@ -44,13 +44,13 @@ class Complex(NamedTuple):
 
 
 def is_complex(aval: Any) -> bool:
-    """Whether values of this type are complex."""
+    """Whether an array or a type of arrays is complex."""
     return getattr(getattr(aval, "dtype", None), "kind", "") == "c"
 
 
 def real_dtype(value: Any) -> Any:
-    """The dtype of the parts of a complex value."""
-    return np.finfo(value.dtype).dtype
+    """The dtype of the parts of a complex value, or of a real one."""
+    return np.finfo(value.dtype).dtype if is_complex(value) else value.dtype
 
 
 def apart(z: Any) -> Any:
@@ -149,10 +149,20 @@ def _conj(eqn: "Equation", bind: Any, z: Any) -> Complex:
 
 def _convert(eqn: "Equation", bind: Any, x: Any) -> Any:
     dtype = real_dtype(eqn.outputs[0])
-    re, im = x if isinstance(x, Complex) else (x, 0.0)
-    return Complex(
-        *(p if isinstance(p, float) else lax.convert_element_type(p, dtype) for p in (re, im))
+    if not is_complex(eqn.outputs[0]):
+        return lax.convert_element_type(_filled(x.re, eqn.inputs[0]), dtype)
+    return _unless_float(
+        lambda part: lax.convert_element_type(part, dtype),
+        x if isinstance(x, Complex) else Complex(x, 0.0),
     )
+
+
+def _broadcast(eqn: "Equation", bind: Any, z: Complex) -> Complex:
+    return _unless_float(bind, z)
+
+
+def _unless_float(function: Callable[[Any], Any], z: Complex) -> Complex:
+    return Complex(*(part if isinstance(part, float) else function(part) for part in z))
 
 
 def _mul(eqn: "Equation", bind: Any, z: Complex, w: Complex) -> Complex:
@@ -201,7 +211,7 @@ def _exp(eqn: "Equation", bind: Any, z: Complex) -> Complex:
     return Complex(times(size, lax.cos(z.im)), times(size, lax.sin(z.im)))
 
 
-def _multilinear(eqn: "Equation", bind: Any, x: Complex, w: Complex) -> Complex:
+def _multilinear(eqn: "Equation", bind: Any, x: Any, w: Any) -> Complex:
     """``(f(a, c) - f(b, d)) + i (f(a, d) + f(b, c))``."""
     changes = {}
     if eqn.params.get("preferred_element_type") is not None:
@@ -212,6 +222,7 @@ def _multilinear(eqn: "Equation", bind: Any, x: Complex, w: Complex) -> Complex:
             return 0.0
         return bind(_filled(a, eqn.inputs[0]), _filled(b, eqn.inputs[1]), **changes)
 
+    x, w = (y if isinstance(y, Complex) else Complex(y, 0.0) for y in (x, w))  # one may be real
     return _product(f, x, w)
 
 
@@ -334,9 +345,8 @@ def _fft(eqn: "Equation", bind: Any, x: Any) -> Any:
         operands = (re,) if _is_zero(x.im) else (re, im)
 
     def evaluated(re: Any, *im: Any) -> Sequence[Any]:
-        if is_complex(eqn.inputs[0]):
-            re = lax.complex(re, *(im or (lax.full_like(re, 0),)))
-        y = apart(bind(re))
+        z = lax.complex(re, *im) if im else re
+        y = apart(bind(lax.convert_element_type(z, eqn.inputs[0].dtype)))
         return tuple(y) if isinstance(y, Complex) else (y,)
 
     results = as_function("fft", evaluated, *operands)
@@ -347,13 +357,14 @@ def _fft(eqn: "Equation", bind: Any, x: Any) -> Any:
 ANALYTIC = (
     *("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "cos", "cosh", "exp2"),
     *("expm1", "integer_pow", "log", "log1p", "logistic", "pow", "reciprocal", "rsqrt", "sin"),
-    *("sinh", "sqrt", "tan", "tanh"),
+    *("max", "min", "sinh", "sqrt", "tan", "tanh"),
 )
 
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
         **dict.fromkeys((name for name in ANALYTIC if name != "reciprocal"), _by_jax),
-        # Parts
+        # Parts, and numbers
+        "broadcast_in_dim": _broadcast,
         "complex": _complex,
         "conj": _conj,
         "convert_element_type": _convert,
@@ -373,14 +384,12 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "cumprod": _running,
         "reduce_prod": _reduce_prod,
         # Sums, choices and moves
-        **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze", "stack", "unstack"), _selection),
+        **dict.fromkeys(("reshape", "squeeze", "stack", "unstack"), _selection),
         **dict.fromkeys(("concatenate", "copy", "cumsum", "gather", "name", "pad"), _selection),
         **dict.fromkeys(("dynamic_slice", "dynamic_update_slice", "slice", "split"), _selection),
         **dict.fromkeys(("optimization_barrier", "reduce_sum", "rev", "select_n"), _selection),
         **dict.fromkeys(("reduce_window_sum", "tile", "transpose"), _selection),
         **dict.fromkeys(("device_put", "reshard", "sharding_constraint"), _selection),
-        **dict.fromkeys(("all_gather", "all_to_all", "ppermute", "psum", "pvary"), _selection),
-        **dict.fromkeys(("psum_invariant", "reduce_scatter"), _selection),
         "scatter": _scatter(lax.scatter),
         "scatter-add": _scatter(lax.scatter_add),
         "scatter-sub": _scatter(lax.scatter_sub),

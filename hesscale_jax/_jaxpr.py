@@ -222,6 +222,26 @@ def label(eqn: Equation) -> str:
     return f"{eqn.name}[{name}]" if name else eqn.name
 
 
+def complex_primitive(eqn: Equation) -> str | None:
+    """The primitive on complex values at an equation; ``None`` if it has none.
+
+    One that holds a jaxpr may have some off the path. An equation that makes a complex value of its
+    parts is there for the sake of another.
+    """
+    if any(map(_holds_jaxpr, eqn.params.values())):
+        return None
+    values = (*(v for v in eqn.inputs if isinstance(v, Value)), *eqn.outputs)
+    if not any(is_complex(v.aval) for v in values):
+        return None
+    return eqn.sources[0].primitive.name if eqn.name == "complex" else label(eqn)
+
+
+def _holds_jaxpr(parameter: Any) -> bool:
+    if isinstance(parameter, tuple | list):
+        return any(map(_holds_jaxpr, parameter))
+    return isinstance(parameter, core.Jaxpr | core.ClosedJaxpr)
+
+
 def _name(eqn: Equation) -> str:
     """The name of the function with a derivative rule of its own that an equation calls."""
     return eqn.params["call_jaxpr"].jaxpr.debug_info.func_name or ""
@@ -243,7 +263,9 @@ def flatten(closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = ()) -
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     builder = _Builder(inputs)
     outputs = builder.inline(closed, inputs, callers)
-    outputs = [builder.together(x, v, callers) for x, v in zip(outputs, closed.jaxpr.outvars, strict=True)]
+    outputs = [
+        builder.together(x, v, callers) for x, v in zip(outputs, closed.jaxpr.outvars, strict=True)
+    ]
     return Program(inputs, _needed(builder.equations, outputs), outputs)
 
 
@@ -331,7 +353,8 @@ class _Builder:
             return None
         if eqn.primitive.name in ("real", "imag") and not isinstance(operands[0], Complex):
             return None
-        if eqn.primitive.name in ("complex", "convert_element_type"):  # computes nothing
+        if eqn.primitive.name in ("broadcast_in_dim", "complex", "convert_element_type"):
+            # A part that is a number is known to be.
             return _complex.FORMS[eqn.primitive.name]
         if self._moving.isdisjoint(x for x in jax.tree.leaves(operands) if isinstance(x, Value)):
             return None
@@ -384,6 +407,9 @@ class _Builder:
         def whole(*arrays: Any) -> Any:
             left = iter(arrays)
             parts = Complex(*(part if isinstance(part, float) else next(left) for part in x))
+            if isinstance(x.im, float) and x.im == 0.0:
+                parts = _complex.filled(parts, var.aval)
+                return lax.convert_element_type(parts.re, var.aval.dtype)
             return _complex.together(_complex.filled(parts, var.aval))
 
         traced = trace(whole, *(_real_aval(var.aval) for _ in read))
@@ -464,6 +490,8 @@ def _same_parameters(a: Equation, b: Equation) -> bool:
         # Its derivative rule is a new closure on every trace: compare what the rules compute.
         definitions = (eqn.params["call_jaxpr"] for eqn in (a, b))
         return _same(*definitions) and _same(_with_derivative(a), _with_derivative(b))
+    if a.name == "complex" and a.sources[0] is not b.sources[0]:
+        return False  # each is there for the equation that reads it, and an error names that
     return a.params.keys() == b.params.keys() and all(
         _same(value, b.params[key]) for key, value in a.params.items()
     )

@@ -4,21 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jax.numpy as jnp
-from jax.extend import core
-
-from hesscale_jax._jaxpr import Constant, Equation, label, location
+from hesscale_jax._jaxpr import Equation, complex_primitive, label, location
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.rules.unsupported import UNSUPPORTED
 
 __all__ = ["ByEquation", "PiecewiseConstant", "Unsupported", "find"]
 
 Find = Callable[[Equation], Any]
-
-COMPLEX = (
-    "complex values have to be written out in their real and imaginary parts, and for this primitive "
-    "there is no such form"
-)
 
 # Their result is not what they change, so that a path would end here unseen.
 STORES = frozenset({"accum_grad_in_ref", "addupdate", "masked_swap", "swap"})
@@ -67,20 +59,8 @@ def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
         return rule
     if rule is None and eqn.name in STORES:
         Unsupported(UNSUPPORTED[eqn.name], curable=False)(eqn, (), None)
-    if _is_complex(eqn):
-        return Unsupported(COMPLEX, curable=False)
+    primitive = complex_primitive(eqn)
+    if primitive is not None:
+        reason = f"complex values have no form in real and imaginary parts here, in {primitive!r}"
+        return Unsupported(reason, curable=False)
     return Unsupported(UNSUPPORTED.get(eqn.name, "")) if rule is None else rule
-
-
-def _is_complex(eqn: Equation) -> bool:
-    """Whether an equation has complex values; one that holds a jaxpr may have some off the path."""
-    if any(_holds_jaxpr(value) for value in eqn.params.values()):
-        return False
-    values = (*(v for v in eqn.inputs if not isinstance(v, Constant)), *eqn.outputs)
-    return any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in values)
-
-
-def _holds_jaxpr(parameter: Any) -> bool:
-    if isinstance(parameter, tuple | list):
-        return any(map(_holds_jaxpr, parameter))
-    return isinstance(parameter, core.Jaxpr | core.ClosedJaxpr)
