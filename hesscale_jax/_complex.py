@@ -307,9 +307,7 @@ def own(name: str) -> str:
     return f"complex.{name}"
 
 
-def as_function(
-    name: str, function: Callable[..., Sequence[Any]], *parts: Any
-) -> Callable[..., Any]:
+def as_function(name: str, function: Callable[..., Any], *parts: Any) -> Any:
     """A function of real arrays that has complex values inside, with JAX's derivative of it."""
     function.__name__ = own(name)
     wrapped = jax.custom_jvp(function)
@@ -339,7 +337,7 @@ def _by_jax(eqn: "Equation", bind: Any, *operands: Any) -> Any:
 
 def _fft(eqn: "Equation", bind: Any, x: Any) -> Any:
     """Both parts of the result together: a linear function of those of the operand."""
-    operands = (x,)
+    operands: tuple[Any, ...] = (x,)
     if isinstance(x, Complex):
         re, im = filled(x, eqn.inputs[0])
         operands = (re,) if _is_zero(x.im) else (re, im)

@@ -210,6 +210,7 @@ def user_frame(eqn: Equation) -> Any:
 
 def label(eqn: Equation) -> str:
     """The primitive, with the name of the function that it runs: ``custom_vjp_call[f]``."""
+    name: str | None
     match eqn.name:
         case "custom_jvp_call" | "custom_vjp_call":
             name = _name(eqn)
@@ -263,8 +264,9 @@ def flatten(closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = ()) -
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     builder = _Builder(inputs)
     outputs = builder.inline(closed, inputs, callers)
+    last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
-        builder.together(x, v, callers) for x, v in zip(outputs, closed.jaxpr.outvars, strict=True)
+        builder.together(x, var, last) for x, var in zip(outputs, closed.jaxpr.outvars, strict=True)
     ]
     return Program(inputs, _needed(builder.equations, outputs), outputs)
 
@@ -306,7 +308,8 @@ class _Builder:
             inputs = tuple(map(read, eqn.invars))
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                results = self.inline(called(eqn), inputs, (eqn, *callers), _region(eqn, region))
+                within = (eqn, *callers), _region(eqn, region)
+                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
@@ -452,9 +455,8 @@ def _of_shape(x: Any, value: Value) -> Any:
     """A result with each part that is no float in the shape of the value."""
     if not isinstance(x, Complex):
         return x
-    return Complex(
-        *(p if isinstance(p, float) else q for p, q in zip(x, _complex.filled(x, value)))
-    )
+    parts = zip(x, _complex.filled(x, value), strict=True)
+    return Complex(*(part if isinstance(part, float) else array for part, array in parts))
 
 
 def _region(call: Any, parent: Region | None) -> Region | None:

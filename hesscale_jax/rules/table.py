@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from hesscale_jax._jaxpr import Equation, complex_primitive, label, location
-from hesscale_jax.errors import UnsupportedPrimitiveError
+from hesscale_jax.errors import ComplexValuesError, UnsupportedPrimitiveError
 from hesscale_jax.rules.unsupported import UNSUPPORTED
 
-__all__ = ["ByEquation", "PiecewiseConstant", "Unsupported", "find"]
+__all__ = ["ByEquation", "ComplexValues", "PiecewiseConstant", "Unsupported", "find"]
 
 Find = Callable[[Equation], Any]
 
@@ -49,6 +49,14 @@ class Unsupported:
         raise UnsupportedPrimitiveError(label(eqn), location(eqn), self.reason, self.curable)
 
 
+class ComplexValues(Unsupported):
+    """The same for an equation on complex values."""
+
+    def __call__(self, eqn: Equation, operands: Sequence[Any], recurse: Any) -> NoReturn:
+        """Raise the error, with the user's line."""
+        raise ComplexValuesError(complex_primitive(eqn) or eqn.name, location(eqn), self.reason)
+
+
 def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
     """The rule of an equation on a path: by its primitive, its label, or the primitive's name."""
     keys = (eqn.primitive, label(eqn), eqn.name)
@@ -59,8 +67,6 @@ def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
         return rule
     if rule is None and eqn.name in STORES:
         Unsupported(UNSUPPORTED[eqn.name], curable=False)(eqn, (), None)
-    primitive = complex_primitive(eqn)
-    if primitive is not None:
-        reason = f"complex values have no form in real and imaginary parts here, in {primitive!r}"
-        return Unsupported(reason, curable=False)
+    if complex_primitive(eqn) is not None:
+        return ComplexValues("no form in real and imaginary parts", curable=False)
     return Unsupported(UNSUPPORTED.get(eqn.name, "")) if rule is None else rule
