@@ -410,6 +410,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]
     ),
 }  # fmt: skip
 
+
 def on_complex(fun: Callable[..., Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A combination of both parts of a function of ``x + i w``."""
 
@@ -418,6 +419,11 @@ def on_complex(fun: Callable[..., Any]) -> Callable[[jax.Array, jax.Array], jax.
         return y.real * 0.7 + y.imag * 0.3 if jnp.iscomplexobj(y) else y
 
     return of_parts
+
+
+def on_circle(t: jax.Array) -> jax.Array:
+    """``exp(i t)``."""
+    return jnp.exp(1j * t.astype(complex))
 
 
 HOLOMORPHIC = (
@@ -434,13 +440,13 @@ FOURIER: dict[str, Case] = {
     for part in ("real", "imag")
 } | {
     f"rfft over {shape}, {part}": (
-        lambda x, part=part, shape=shape: getattr(jnp.fft.rfftn(x, axes=range(1, 1 + len(shape))), part), normal(2, *shape),
+        lambda x, part=part, shape=shape: getattr(jnp.fft.rfftn(x, axes=tuple(range(1, 1 + len(shape)))), part), normal(2, *shape),
     )
     for shape in ((1,), (2,), (5,), (6,), (3, 4), (2, 3, 5))
     for part in ("real", "imag")
 } | {
     f"irfft over {shape}": (
-        lambda x, w, shape=shape: jnp.fft.irfftn(lax.complex(x, w), shape, range(1, 1 + len(shape))),
+        lambda x, w, shape=shape: jnp.fft.irfftn(lax.complex(x, w), shape, tuple(range(1, 1 + len(shape)))),
         normal(2, *shape[:-1], shape[-1] // 2 + 1), normal(2, *shape[:-1], shape[-1] // 2 + 1, seed=1),
     )
     for shape in ((1,), (2,), (5,), (6,), (3, 4), (2, 3, 5))
@@ -454,25 +460,25 @@ COMPLEX: dict[str, Case] = FOURIER | {
     "complex cbrt": (on_complex(lambda z: lax.pow(z, jnp.full_like(z, 1 / 3))), x, w),
     "complex conj": (on_complex(lambda z: jnp.conj(z) * z * z), x, w),
     "complex division": (on_complex(lambda z: (z * z + 2) / (1j - z)), x, w),
-    "complex division by real": (on_complex(lambda z: z * z / (1.5 + lax.complex(z.real**2, 0 * z.real).real)), x, w),
+    "complex division by real": (on_complex(lambda z: z * z / (1.5 + z.real**2).astype(complex)), x, w),
     "complex integer_pow": (on_complex(lambda z: z**3 + z**-2 + lax.integer_pow(z, 1)), x, w),
     "complex logistic": (on_complex(nn.silu), x, w),
     "complex max": (on_complex(lambda z: lax.max(z, z * z) + lax.min(z, z * z)), x, w),
-    "complex mul": (lambda x, w: ((x + 1j * w) * (w - 2j * x) - 1j).real, x, w),
+    "complex mul": (on_complex(lambda z: z * lax.complex(z.imag, -2 * z.real) - 1j), x, w),
     "complex pow": (on_complex(lambda z: z**1.7), x, w),
     "complex pow of two": (on_complex(lambda z: z ** (z + 1)), x, w),
     "complex rsqrt": (on_complex(lax.rsqrt), x, w),
     "complex select": (on_complex(lambda z: jnp.where(z.real > 0, z * z, 2j)), x, w),
-    "complex phase": (lambda x: jnp.exp(1j * x).real * jnp.exp(2j * x).imag, x),
+    "complex phase": (lambda x: on_circle(x).real * on_circle(2 * x).imag, x),
     "complex root of a real": (lambda x: jnp.sqrt(x.astype(complex)).imag + jnp.sqrt(-x.astype(complex)).real, x),
-    "complex power": (lambda x, w: jnp.abs(x + 1j * w) ** 2, x, w),
-    "complex softmax of sizes": (lambda x, w: nn.softmax(jnp.abs(x + 1j * w), 1), x, w),
-    "complex sum": (lambda x: jnp.abs(jnp.exp(1j * x).sum(1)) ** 2, x),
-    "complex mean": (lambda x, w: jnp.var(x + 1j * w, 1), x, w),
+    "complex power": (lambda x, w: jnp.abs(lax.complex(x, w)) ** 2, x, w),
+    "complex softmax of sizes": (lambda x, w: nn.softmax(jnp.abs(lax.complex(x, w)), 1), x, w),
+    "complex sum": (lambda x: jnp.abs(on_circle(x).sum(1)) ** 2, x),
+    "complex mean": (lambda x, w: jnp.var(lax.complex(x, w), 1), x, w),
     # One after the other, off the diagonal of either part
-    "complex dot_general": (lambda x, w: ((x + 2j * x) @ (w - 1j)).imag, normal(3, 5), normal(5, 2, seed=1)),
-    "complex dot_general with real data": (lambda x: (x @ jnp.exp(1j * w.T)).imag, x),
-    "complex conv": (lambda x: jnp.convolve(x * (1 + 1j), jnp.exp(1j * w[0]), "same").real, normal(5)),
+    "complex dot_general": (lambda x, w: (lax.complex(x, np.full((3, 5), 2.0)) @ (w.astype(complex) - 1j)).imag, normal(3, 5), normal(5, 2, seed=1)),
+    "complex dot_general with real data": (lambda x: (x.astype(complex) @ on_circle(w.T)).imag, x),
+    "complex conv": (lambda x: jnp.convolve(x.astype(complex), on_circle(w[0]), "same").imag, normal(5)),
     "complex gather": (on_complex(lambda z: z[np.array([0, 0, 2])]), x, w),
     "complex gather, filled": (on_complex(lambda z: z.at[OUTSIDE].get(mode="fill", fill_value=1 + 2j)), x, w),
     "complex scatter": (on_complex(lambda z: jnp.zeros((5, 6), complex).at[1:4].set(z[:3])), x, w),
