@@ -23,11 +23,11 @@ def spectral_filter(p):
 
 
 def power(x):
-    return jnp.sum(jnp.abs(jnp.fft.fft(x)) ** 2 * jnp.arange(1.0, 7))
+    return jnp.sum(jnp.abs(jnp.fft.fft(x)) ** 2 * jnp.arange(1, 7).astype(x.dtype))
 
 
 def short_time(x):
-    return jnp.sum(jnp.abs(jnp.fft.rfft(x.reshape(4, 4) * jnp.hanning(4))) ** 2)
+    return jnp.sum(jnp.abs(jnp.fft.rfft(x.reshape(4, 4) * jnp.hanning(4)[None])) ** 2)
 
 
 def log_power(x):
@@ -40,7 +40,7 @@ def phase_retrieval(x):
 
 def fourier_operator(p):
     """A layer of a Fourier neural operator: low modes mixed, beside a skip connection."""
-    lifted = DATA[:, :, None] * p["lift"]
+    lifted = DATA[:, :, None] * p["lift"][None, None]
     low = jnp.fft.rfft(lifted, axis=1)[:, :3]
     mixed = jnp.einsum("bkc,kcd->bkd", low, lax.complex(p["re"], p["im"]))
     spectrum = jnp.zeros((3, 5, 2), complex).at[:, :3].set(mixed)
@@ -51,7 +51,7 @@ def fourier_operator(p):
 def recurrence(p, parallel=False):
     """A linear recurrent unit: ``h = lambda h + b u`` with a complex diagonal."""
     decay = jnp.exp(lax.complex(-jnp.exp(p["nu"]), jnp.exp(p["theta"])))
-    u = DATA[0][:, None].astype(complex) * lax.complex(p["b_re"], p["b_im"])
+    u = DATA[0][:, None].astype(complex) * lax.complex(p["b_re"], p["b_im"])[None]
     if parallel:
         decays = jnp.broadcast_to(decay, u.shape)
         _, h = lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decays, u))

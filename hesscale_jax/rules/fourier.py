@@ -47,6 +47,7 @@ def _sums(eqn: Equation, added: Any, subtracted: Any) -> tuple[Any, Any]:
         weights = _times_taken(lengths[-1]) ** 2
     if kind in (lax.FftType.IFFT, lax.FftType.IRFFT):
         weights = weights / float(np.prod(lengths)) ** 2
+    weights = np.broadcast_to(weights, (1,) * (added.ndim - weights.ndim) + weights.shape)
     added, subtracted = (x * weights.astype(x.dtype) for x in (added, subtracted))
     plain = jnp.broadcast_to(jnp.sum(added, axes, keepdims=True), shape)
     doubled = jnp.fft.fftn(subtracted, lengths, axes).real
