@@ -60,8 +60,8 @@ def page() -> str:
         families[title][line].append(name)
     parts = [TITLE, f"Written out, as if they were not there: {listed(CALLS)}.\n"]
     parts.append(
-        f"With complex values, written out in real and imaginary parts: {listed(FORMS)}; also loops, "
-        "branches and functions with a derivative rule of their own.\n"
+        f"With complex values, written out in real and imaginary parts: {listed(FORMS)}; also "
+        "loops, branches and functions with a derivative rule of their own.\n"
     )
     for title in sorted(families):
         parts.append(f"## {title}\n")

@@ -42,6 +42,8 @@ __all__ = [
 # Calls that only group equations: they are written out, so that a block can cross their border.
 CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
 
+# What makes a complex value of its parts.
+WHOLE = frozenset({"complex", "convert_element_type"})
 
 # Where libraries are.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
@@ -234,7 +236,7 @@ def complex_primitive(eqn: Equation) -> str | None:
     values = (*(v for v in eqn.inputs if isinstance(v, Value)), *eqn.outputs)
     if not any(is_complex(v.aval) for v in values):
         return None
-    return eqn.sources[0].primitive.name if eqn.name == "complex" else label(eqn)
+    return eqn.sources[0].primitive.name if eqn.name in WHOLE else label(eqn)
 
 
 def _holds_jaxpr(parameter: Any) -> bool:
@@ -492,7 +494,7 @@ def _same_parameters(a: Equation, b: Equation) -> bool:
         # Its derivative rule is a new closure on every trace: compare what the rules compute.
         definitions = (eqn.params["call_jaxpr"] for eqn in (a, b))
         return _same(*definitions) and _same(_with_derivative(a), _with_derivative(b))
-    if a.name == "complex" and a.sources[0] is not b.sources[0]:
+    if a.name in WHOLE and is_complex(a.outputs[0].aval) and a.sources[0] is not b.sources[0]:
         return False  # each is there for the equation that reads it, and an error names that
     return a.params.keys() == b.params.keys() and all(
         _same(value, b.params[key]) for key, value in a.params.items()
