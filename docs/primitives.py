@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hesscale_jax import RULES
+from hesscale_jax._complex import FORMS
 from hesscale_jax._jaxpr import CALLS
 from hesscale_jax.rules import UNSUPPORTED
 from hesscale_jax.rules.derivatives import Pointwise, nested
@@ -58,6 +59,10 @@ def page() -> str:
         title, line = family(name, rule)
         families[title][line].append(name)
     parts = [TITLE, f"Written out, as if they were not there: {listed(CALLS)}.\n"]
+    parts.append(
+        f"With complex values, written out in real and imaginary parts: {listed(FORMS)}; also "
+        "loops, branches and functions with a derivative rule of their own.\n"
+    )
     for title in sorted(families):
         parts.append(f"## {title}\n")
         parts.append(rows("formula", families[title]))

@@ -26,6 +26,9 @@ from jax._src.interpreters import partial_eval
 from jax._src.state.types import RefEffect
 from jax.extend import core
 
+from hesscale_jax import _complex
+from hesscale_jax._complex import Complex, is_complex
+
 __all__ = [
     "Body",
     "Constant",
@@ -43,6 +46,8 @@ __all__ = [
 # Calls that only group equations: they are written out, so that a block can cross their border.
 CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_jaxpr"})
 
+# What makes a complex value of its parts.
+WHOLE = frozenset({"complex", "convert_element_type"})
 
 # Functions with a derivative rule of their own.
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -224,9 +229,10 @@ def user_frame(eqn: Equation) -> Any:
 
 def label(eqn: Equation) -> str:
     """The primitive, with the name of the function that it runs: ``custom_vjp_call[f]``."""
+    name: str | None
     match eqn.name:
         case "custom_jvp_call" | "custom_vjp_call":
-            name = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
+            name = _name(eqn)
         case "pallas_call":
             name = eqn.params["name"]
         case "ffi_call":
@@ -317,6 +323,31 @@ def holds_callback(params: dict[str, Any]) -> bool:
     )
 
 
+def complex_primitive(eqn: Equation) -> str | None:
+    """The primitive on complex values at an equation; ``None`` if it has none.
+
+    One that holds a jaxpr may have some off the path. An equation that makes a complex value of its
+    parts is there for the sake of another.
+    """
+    if any(map(_holds_jaxpr, eqn.params.values())):
+        return None
+    values = (*(v for v in eqn.inputs if isinstance(v, Value)), *eqn.outputs)
+    if not any(is_complex(v.aval) for v in values):
+        return None
+    return eqn.sources[0].primitive.name if eqn.name in WHOLE else label(eqn)
+
+
+def _holds_jaxpr(parameter: Any) -> bool:
+    if isinstance(parameter, tuple | list):
+        return any(map(_holds_jaxpr, parameter))
+    return isinstance(parameter, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _name(eqn: Equation) -> str:
+    """The name of the function with a derivative rule of its own that an equation calls."""
+    return eqn.params["call_jaxpr"].jaxpr.debug_info.func_name or ""
+
+
 def is_inexact(value: Value) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
@@ -333,17 +364,22 @@ def flatten(
     The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first. An
     equation with an effect is kept, unless ``effects`` are not wanted.
     """
-    builder = _Builder()
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
+    builder = _Builder(inputs)
     outputs = builder.inline(closed, inputs, callers)
+    last = (*closed.jaxpr.eqns[-1:], *callers)
+    outputs = [
+        builder.together(x, var, last) for x, var in zip(outputs, closed.jaxpr.outvars, strict=True)
+    ]
     return Program(inputs, _needed(builder.equations, outputs, effects), outputs)
 
 
 class _Builder:
     """Collects equations, one for each distinct computation."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Value]) -> None:
         self.equations: list[Equation] = []
+        self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
@@ -355,8 +391,12 @@ class _Builder:
         callers: tuple[core.JaxprEqn, ...] = (),
         region: Region | None = None,
         written: bool = True,
+        in_parts: bool = True,
     ) -> list[Any]:
-        """Append the equations of ``closed``, ``written`` by the user or by this library."""
+        """Append the equations of ``closed``, ``written`` by the user or by this library.
+
+        What is complex among the operands and the results may be ``in_parts``.
+        """
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, map(self._constant, closed.consts), strict=True))
@@ -364,16 +404,23 @@ class _Builder:
         def read(atom: Any) -> Any:
             return self._constant(literal(atom)) if isinstance(atom, core.Literal) else env[atom]
 
+        def joined(x: Any, var: Any) -> Any:
+            return self.together(x, var, (eqn, *callers), region)
+
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
-                results = self.inline(called(eqn), inputs, (eqn, *callers), _region(eqn, region))
+                within = (eqn, *callers), _region(eqn, region)
+                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
+            elif in_parts and (form := self._form(eqn, inputs)):
+                results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             else:
                 params = eqn.params
+                inputs = tuple(map(joined, inputs, eqn.invars))
                 if eqn.primitive.name == "dot_general":
                     params, inputs = self._without_transposes(params, inputs)
                 sources = (eqn, *callers) if written else callers
@@ -400,7 +447,80 @@ class _Builder:
                     return old.outputs
             alike.append(new)
         self.equations.append(new)
+        if not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value)):
+            self._moving.update(filter(is_inexact, outputs))
         return new.outputs
+
+    # Complex values: in parts where they may depend on an input, else as they are
+
+    def _form(self, eqn: Any, operands: Sequence[Any]) -> Any:
+        """How to compute the parts of an equation's results, if that is what is due."""
+        if not any(is_complex(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+            return None
+        if eqn.primitive.name in ("real", "imag") and not isinstance(operands[0], Complex):
+            return None
+        if eqn.primitive.name in ("broadcast_in_dim", "complex", "convert_element_type"):
+            # A part that is a number is known to be.
+            return _complex.FORMS[eqn.primitive.name]
+        if self._moving.isdisjoint(x for x in jax.tree.leaves(operands) if isinstance(x, Value)):
+            return None
+        return _complex.FORMS.get(eqn.primitive.name) or _with_parts(eqn)
+
+    def _in_parts(
+        self, eqn: Any, form: Any, operands: Sequence[Any], callers: Any, region: Region | None
+    ) -> list[Any]:
+        """Append the equations that compute the parts of the results."""
+        inputs, outputs = (tuple(Value(v.aval) for v in vs) for vs in (eqn.invars, eqn.outvars))
+        equation = Equation(eqn.primitive, eqn.params, inputs, outputs, callers, region)
+        apart = [
+            self._apart(x, v, callers, region) if is_complex(v.aval) else x
+            for x, v in zip(operands, inputs, strict=True)
+        ]
+        leaves, tree = jax.tree.flatten(apart)
+        avals = [v.aval for x, v in zip(apart, eqn.invars, strict=True) for _ in jax.tree.leaves(x)]
+        read = [i for i, x in enumerate(leaves) if not isinstance(x, float)]
+        results: list[Any] = []
+
+        def of_arrays(*arrays: Any) -> list[Any]:
+            filled = list(leaves)
+            for i, array in zip(read, arrays, strict=True):
+                filled[i] = array
+            bound = functools.partial(bind, equation)
+            found = form(equation, bound, *jax.tree.unflatten(tree, filled))
+            found = [found] if len(outputs) == 1 else found
+            results[:] = [_of_shape(x, v) for x, v in zip(found, outputs, strict=True)]
+            return [x for x in jax.tree.leaves(results) if not isinstance(x, float)]
+
+        traced = trace(of_arrays, *(_real_aval(avals[i]) for i in read))
+        made = iter(self.inline(traced, [leaves[i] for i in read], callers, region, written=False))
+        return jax.tree.map(lambda x: x if isinstance(x, float) else next(made), results)
+
+    def _apart(self, x: Any, value: Value, callers: Any, region: Region | None) -> Complex:
+        """The parts of a complex value."""
+        if isinstance(x, Complex):
+            return x
+        if isinstance(x, Constant) and np.ndim(x.value) == 0 and not isinstance(x.value, jax.Array):
+            return Complex(float(np.real(x.value)), float(np.imag(x.value)))
+        parts = trace(lambda z: tuple(_complex.apart(z)), value.aval)
+        return Complex(*self.inline(parts, [x], callers, region, written=False, in_parts=False))
+
+    def together(self, x: Any, var: Any, callers: Any, region: Region | None = None) -> Any:
+        """A value in parts as one, any other as it is."""
+        if not isinstance(x, Complex):
+            return x
+        read = [part for part in x if not isinstance(part, float)]
+
+        def whole(*arrays: Any) -> Any:
+            left = iter(arrays)
+            parts = Complex(*(part if isinstance(part, float) else next(left) for part in x))
+            if isinstance(x.im, float) and x.im == 0.0:
+                parts = _complex.filled(parts, var.aval)
+                return lax.convert_element_type(parts.re, var.aval.dtype)
+            return _complex.together(_complex.filled(parts, var.aval))
+
+        traced = trace(whole, *(_real_aval(var.aval) for _ in read))
+        (z,) = self.inline(traced, read, callers, region, written=False, in_parts=False)
+        return z
 
     def _without_transposes(
         self, params: dict[str, Any], inputs: tuple[Any, ...]
@@ -427,6 +547,19 @@ class _Builder:
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
+
+
+def _real_aval(aval: Any) -> Any:
+    """The type of a part of a complex value, or of a real one."""
+    return aval.update(dtype=_complex.real_dtype(aval)) if is_complex(aval) else aval
+
+
+def _of_shape(x: Any, value: Value) -> Any:
+    """A result with each part that is no float in the shape of the value."""
+    if not isinstance(x, Complex):
+        return x
+    parts = zip(x, _complex.filled(x, value), strict=True)
+    return Complex(*(part if isinstance(part, float) else array for part, array in parts))
 
 
 def _region(call: Any, parent: Region | None) -> Region | None:
@@ -460,7 +593,10 @@ def _same_parameters(a: Equation, b: Equation) -> bool:
     """Whether two applications of a primitive to the same operands compute the same."""
     if a.name == "custom_jvp_call":
         # Its derivative rule is a new closure on every trace: compare what the rules compute.
-        return _same(_with_derivative(a), _with_derivative(b))
+        definitions = (eqn.params["call_jaxpr"] for eqn in (a, b))
+        return _same(*definitions) and _same(_with_derivative(a), _with_derivative(b))
+    if a.name in WHOLE and is_complex(a.outputs[0].aval) and a.sources[0] is not b.sources[0]:
+        return False  # each is there for the equation that reads it, and an error names that
     return a.params.keys() == b.params.keys() and all(
         _same(value, b.params[key]) for key, value in a.params.items()
     )
@@ -576,10 +712,23 @@ def _bodies(eqn: Equation) -> Iterator[Body]:
         case "cond":
             for branch in (body(jaxpr, eqn) for jaxpr in params["branches"]):
                 yield Body(branch.program, [1 + i for i in branch.inputs])
+        case "custom_jvp_call" if _is_own(eqn):
+            return
         case "custom_jvp_call" | "custom_vjp_call":
             yield body(params["call_jaxpr"], eqn)
         case "shard_map":
             yield body(params["jaxpr"], eqn)
+
+
+def _is_own(eqn: Equation) -> bool:
+    """Whether it stands for a primitive on complex values, which is its body."""
+    return _name(eqn).startswith(_complex.own(""))
+
+
+def transform(eqn: Equation) -> tuple[Any, tuple[int, ...]]:
+    """The kind and the lengths of a Fourier transform of parts."""
+    (fft,) = (e for e in eqn.params["call_jaxpr"].jaxpr.eqns if e.primitive.name == "fft")
+    return fft.params["fft_type"], fft.params["fft_lengths"]
 
 
 def scan_groups(eqn: Equation) -> tuple[range, range, range]:
@@ -604,6 +753,80 @@ def shard_mapped(eqn: Equation, fun: Callable[..., Any]) -> Callable[..., Any]:
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )
+
+
+def _with_parts(eqn: Any) -> Any:
+    """How to run a program on the parts of complex operands, and hand out those of results."""
+    match eqn.primitive.name:
+        case "scan":
+            return _scan_in_parts
+        case "cond":
+            return _cond_in_parts
+        case "custom_jvp_call":
+            return _custom_jvp_in_parts
+        case "custom_vjp_call":
+            return _custom_vjp_in_parts
+    return None
+
+
+def _on_parts(jaxpr: Any) -> Callable[..., list[Any]]:
+    """A program as a function of operands, each real or in parts, that returns such results."""
+    run = core.jaxpr_as_fun(_closed(jaxpr))
+    return lambda *operands: [_complex.apart(y) for y in run(*map(_complex.together, operands))]
+
+
+def _scan_in_parts(eqn: Equation, bind: Any, *operands: Any) -> list[Any]:
+    step = _on_parts(eqn.params["jaxpr"])
+    operands = tuple(map(_complex.filled, operands, eqn.inputs))
+    consts, carry, xs = ([operands[i] for i in group] for group in scan_groups(eqn))
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = step(*consts, *carry, *xs)
+        return results[: len(carry)], results[len(carry) :]
+
+    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(body, carry, xs, **how)
+    results = [*carry, *ys]
+    return results if len(results) > 1 else results[0]
+
+
+def _cond_in_parts(eqn: Equation, bind: Any, which: Any, *operands: Any) -> list[Any]:
+    operands = tuple(map(_complex.filled, operands, eqn.inputs[1:]))
+    results = lax.switch(which, list(map(_on_parts, eqn.params["branches"])), *operands)
+    return results if len(results) > 1 else results[0]
+
+
+def _custom_jvp_in_parts(eqn: Equation, bind: Any, *operands: Any) -> Any:
+    leaves, tree = jax.tree.flatten(list(map(_complex.filled, operands, eqn.inputs)))
+    definition, rule = _of_leaves(eqn, bind, tree)
+    function = jax.custom_jvp(definition)
+    function.defjvp(lambda primals, tangents: jax.jvp(rule, primals, tangents))
+    results = function(*leaves)
+    return results if len(results) > 1 else results[0]
+
+
+def _custom_vjp_in_parts(eqn: Equation, bind: Any, *operands: Any) -> Any:
+    leaves, tree = jax.tree.flatten(list(map(_complex.filled, operands, eqn.inputs)))
+    definition, rule = _of_leaves(eqn, bind, tree)
+    function = jax.custom_vjp(definition)
+    function.defvjp(lambda *leaves: jax.vjp(rule, *leaves), lambda pullback, g: pullback(g))
+    results = function(*leaves)
+    return results if len(results) > 1 else results[0]
+
+
+def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
+    """A function with a derivative rule, by its definition and by its rule, of operands' parts."""
+    run = _on_parts(eqn.params["call_jaxpr"])
+
+    def definition(*leaves: Any) -> list[Any]:
+        return run(*jax.tree.unflatten(tree, leaves))
+
+    def rule(*leaves: Any) -> list[Any]:
+        results = bind(*map(_complex.together, jax.tree.unflatten(tree, leaves)))
+        return list(map(_complex.apart, listed(results, eqn)))
+
+    definition.__name__ = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
+    return definition, rule
 
 
 # A dot product row by row is a multiplication and a sum in disguise

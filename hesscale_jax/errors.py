@@ -1,6 +1,6 @@
 """The errors of this library that are not JAX's own."""
 
-__all__ = ["UnsupportedPrimitiveError", "WhileLoopError"]
+__all__ = ["ComplexValuesError", "UnsupportedPrimitiveError", "WhileLoopError"]
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
@@ -60,4 +60,17 @@ class WhileLoopError(UnsupportedPrimitiveError, ValueError):
             "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
             f"dynamic start/stop values (used at {location}), here as in jax.grad. Try using "
             "lax.scan, or using fori_loop with static start/stop.",
+        )
+
+
+class ComplexValuesError(UnsupportedPrimitiveError):
+    """Complex values on the path in a primitive that is not written out in real ones."""
+
+    def __init__(self, primitive: str, location: str, reason: str) -> None:
+        super().__init__(primitive, location, reason, curable=False)
+        self.args = (
+            f"complex values on the way to the loss: {primitive!r} (used at {location}) has "
+            f"{reason}, in which HesScale carries their curvature. Options: (1) if no curvature "
+            "should flow there, wrap its result in jax.lax.stop_gradient; (2) write that "
+            "step for real arrays, as a solve with [[A.real, -A.imag], [A.imag, A.real]] is.",
         )

@@ -16,6 +16,7 @@ from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
+from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
@@ -334,4 +335,4 @@ def _is_affine(eqn: Equation, steps: Plan) -> bool:
         return rule.affine(positions)
     if rule is multilinear:
         return len(positions) == 1
-    return isinstance(rule, Selection)
+    return isinstance(rule, Selection) or rule is fourier

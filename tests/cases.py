@@ -410,7 +410,90 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]
     ),
 }  # fmt: skip
 
-CASES = UNARY | BINARY | SELECTION | MULTILINEAR | OTHER | CONTROL | BLOCKS
+
+def on_complex(fun: Callable[..., Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A combination of both parts of a function of ``x + i w``."""
+
+    def of_parts(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = fun(lax.complex(x, w))
+        return y.real * 0.7 + y.imag * 0.3 if jnp.iscomplexobj(y) else y
+
+    return of_parts
+
+
+def on_circle(t: jax.Array) -> jax.Array:
+    """``exp(i t)``."""
+    return jnp.exp(1j * t.astype(complex))
+
+
+HOLOMORPHIC = (
+    *("acos", "acosh", "asin", "asinh", "atan", "atanh", "cos", "cosh", "exp", "exp2", "expm1"),
+    *("log", "log1p", "reciprocal", "sin", "sinh", "sqrt", "square", "tan", "tanh"),
+)
+# Either part of a Fourier transform. Lengths that are odd and even, 1 and 2; one and more axes.
+FOURIER: dict[str, Case] = {
+    f"{name} over {shape}, {part}": (
+        lambda x, w, fun=fun, part=part: getattr(fun(lax.complex(x, w)), part), normal(2, *shape), normal(2, *shape, seed=1),
+    )
+    for shape in ((1,), (2,), (5,), (6,), (3, 4), (2, 3, 5))
+    for name, fun in (("fft", jnp.fft.fftn), ("ifft", jnp.fft.ifftn))
+    for part in ("real", "imag")
+} | {
+    f"rfft over {shape}, {part}": (
+        lambda x, part=part, shape=shape: getattr(jnp.fft.rfftn(x, axes=tuple(range(1, 1 + len(shape)))), part), normal(2, *shape),
+    )
+    for shape in ((1,), (2,), (5,), (6,), (3, 4), (2, 3, 5))
+    for part in ("real", "imag")
+} | {
+    f"irfft over {shape}": (
+        lambda x, w, shape=shape: jnp.fft.irfftn(lax.complex(x, w), shape, tuple(range(1, 1 + len(shape)))),
+        normal(2, *shape[:-1], shape[-1] // 2 + 1), normal(2, *shape[:-1], shape[-1] // 2 + 1, seed=1),
+    )
+    for shape in ((1,), (2,), (5,), (6,), (3, 4), (2, 3, 5))
+}  # fmt: skip
+
+# Complex values inside: z is x + i w.
+COMPLEX: dict[str, Case] = FOURIER | {
+    **{f"complex {name}": (on_complex(getattr(jnp, name)), x, w) for name in HOLOMORPHIC},
+    "complex abs": (on_complex(jnp.abs), x, w),
+    "complex angle": (on_complex(jnp.angle), x, w),
+    "complex cbrt": (on_complex(lambda z: lax.pow(z, jnp.full_like(z, 1 / 3))), x, w),
+    "complex conj": (on_complex(lambda z: jnp.conj(z) * z * z), x, w),
+    "complex division": (on_complex(lambda z: (z * z + 2) / (1j - z)), x, w),
+    "complex division by real": (on_complex(lambda z: z * z / (1.5 + z.real**2).astype(complex)), x, w),
+    "complex integer_pow": (on_complex(lambda z: z**3 + z**-2 + lax.integer_pow(z, 1)), x, w),
+    "complex logistic": (on_complex(nn.silu), x, w),
+    "complex max": (on_complex(lambda z: lax.max(z, z * z) + lax.min(z, z * z)), x, w),
+    "complex mul": (on_complex(lambda z: z * lax.complex(z.imag, -2 * z.real) - 1j), x, w),
+    "complex pow": (on_complex(lambda z: z**1.7), x, w),
+    "complex pow of two": (on_complex(lambda z: z ** (z + 1)), x, w),
+    "complex rsqrt": (on_complex(lax.rsqrt), x, w),
+    "complex select": (on_complex(lambda z: jnp.where(z.real > 0, z * z, 2j)), x, w),
+    "complex phase": (lambda x: on_circle(x).real * on_circle(2 * x).imag, x),
+    "complex root of a real": (lambda x: jnp.sqrt(x.astype(complex)).imag + jnp.sqrt(-x.astype(complex)).real, x),
+    "complex power": (lambda x, w: jnp.abs(lax.complex(x, w)) ** 2, x, w),
+    "complex softmax of sizes": (lambda x, w: nn.softmax(jnp.abs(lax.complex(x, w)), 1), x, w),
+    "complex sum": (lambda x: jnp.abs(on_circle(x).sum(1)) ** 2, x),
+    "complex mean": (lambda x, w: jnp.var(lax.complex(x, w), 1), x, w),
+    # One after the other, off the diagonal of either part
+    "complex dot_general": (lambda x, w: (lax.complex(x, np.full((3, 5), 2.0)) @ (w.astype(complex) - 1j)).imag, normal(3, 5), normal(5, 2, seed=1)),
+    "complex dot_general with real data": (lambda x: (x.astype(complex) @ on_circle(w.T)).imag, x),
+    "complex conv": (lambda x: jnp.convolve(x.astype(complex), on_circle(w[0]), "same").imag, normal(5)),
+    "complex gather": (on_complex(lambda z: z[np.array([0, 0, 2])]), x, w),
+    "complex gather, filled": (on_complex(lambda z: z.at[OUTSIDE].get(mode="fill", fill_value=1 + 2j)), x, w),
+    "complex scatter": (on_complex(lambda z: jnp.zeros((5, 6), complex).at[1:4].set(z[:3])), x, w),
+    "complex scatter-add": (on_complex(lambda z: (z * 0.5).at[np.array([2, 2])].add(z[:2])), x, w),
+    "complex scatter-sub": (on_complex(lambda z: jnp.ones((4, 6), complex).at[np.array([2, 2])].subtract(z[:2])), x, w),
+    "complex slices": (on_complex(lambda z: jnp.concatenate([z[1:4:2, ::-1], 2 * z[:1]]).T), x, w),
+    "complex dynamic_slice": (on_complex(lambda z: lax.dynamic_slice(z, (1, 2), (2, 3))), x, w),
+    "complex pad": (on_complex(lambda z: lax.pad(z, 0j, ((1, 2, 1), (-1, 0, 0)))), x, w),
+    "complex cumsum": (on_complex(lambda z: jnp.cumsum(z, 0)), x, w),
+    "complex split": (on_complex(lambda z: jnp.split(z, (1, 3), axis=1)[1]), x, w),
+    "complex barrier": (lambda x, w: lax.optimization_barrier((x, lax.complex(x, w)))[1].imag * 2, x, w),
+    "complex to real": (lambda x, w: lax.convert_element_type(lax.complex(x, w), complex).real, x, w),
+}  # fmt: skip
+
+CASES = UNARY | BINARY | SELECTION | MULTILINEAR | OTHER | CONTROL | BLOCKS | COMPLEX
 
 
 @jax.custom_vjp

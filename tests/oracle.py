@@ -116,7 +116,8 @@ def backward(
             (eqn,) = unit
             positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
             sources = [eqn.inputs[i] for i in positions]
-            back = INSIDE.get(eqn.name, back_through_equation)
+            # A function that stands for a primitive on complex values runs no program.
+            back = INSIDE[eqn.name] if eqn.bodies else back_through_equation
             paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
             at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
             found = back(at, [came_back.get(v) for v in made])

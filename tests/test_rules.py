@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import hesscale_jax as hs
-from hesscale_jax import _jaxpr
+from hesscale_jax import _complex, _jaxpr
 from hesscale_jax.testing import check_rule
 
 PRIMITIVES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "primitives.py"))
@@ -51,12 +51,15 @@ COLLECTIVES = {
 def test_every_rule_has_a_case():
     tested = set()
     for fun, *args in (*CASES.values(), *((fun, *args) for fun, _, *args in PAIRS.values())):
-        tested.update(eqn.name for eqn in _jaxpr.flatten(_jaxpr.trace(fun, *args)).equations)
+        for eqn in _jaxpr.flatten(_jaxpr.trace(fun, *args)).equations:
+            tested.update((eqn.name, _jaxpr.label(eqn)))
     differentiable = {name for name, rule in hs.RULES.items() if rule is not hs.rules.constant}
     # add_any only arises from derivatives inside the loss, tested in test_transform.py; while has a
     # rule that raises, tested in test_control_flow.py; the others are primitives of newer versions
     # of JAX that no public function of this one makes.
     unmade = {"add_any", "one_minus_square", "while"}
+    # jnp.cbrt takes no complex values, and some are written with another primitive in JAX.
+    unmade |= {"custom_jvp_call[complex.cbrt]"}
     if not hasattr(lax, "polynomial"):
         unmade |= {"log2", "polynomial", "xla_metadata_call"}
     assert differentiable - tested - COLLECTIVES <= unmade
@@ -84,7 +87,7 @@ print(*(primitive.name for primitive in ad.primitive_jvps))
     )
     differentiable = set(printed.stdout.split())
     assert len(differentiable) > 100
-    assert differentiable <= {*hs.RULES, *hs.rules.UNSUPPORTED, *_jaxpr.CALLS}
+    assert differentiable <= {*hs.RULES, *hs.rules.UNSUPPORTED, *_jaxpr.CALLS, *_complex.FORMS}
     assert not hs.RULES.keys() & hs.rules.UNSUPPORTED.keys()
 
 
@@ -101,9 +104,8 @@ def in_a_reference(x):
 @pytest.mark.parametrize(
     ("loss", "primitive", "reason"),
     [
-        (lambda x: jnp.sum(jnp.abs(x.astype(complex))), "convert_element_type", "complex values"),
-        (lambda x: jnp.sum(jnp.fft.irfft(jnp.fft.rfft(x))), "fft", "complex values"),
-        (lambda x: lax.complex(x, x)[0].real, "complex", "complex values"),
+        (lambda x: jnp.sum(jnp.abs(jnp.linalg.eigvals(jnp.diag(x)))), "eig", "^complex values"),
+        (lambda x: jnp.sum(jnp.sort(x.astype(complex)).real), "sort", "^complex values"),
         (lambda x: jnp.sum(jnp.linalg.cholesky(jnp.diag(x))), "cholesky", r"rules\.dense"),
         (in_a_reference, "swap", "mutable arrays"),
         (lambda x: jnp.sum(jax.new_ref(x)[...]), "new_ref", "mutable arrays"),
@@ -118,12 +120,6 @@ def test_what_raises_says_why(loss, primitive, reason):
     with pytest.raises(hs.UnsupportedPrimitiveError, match=reason) as caught:
         hs.hesscale(loss)(jnp.arange(1.0, 4.0))
     assert caught.value.primitive == primitive
-
-
-def test_complex_values_raise_with_any_rule():
-    rules = hs.RULES | {"fft": hs.rules.dense}
-    with pytest.raises(hs.UnsupportedPrimitiveError, match="complex values are not carried"):
-        hs.hesscale(lambda x: jnp.sum(jnp.fft.fft(x).real), rules=rules)(normal(3))
 
 
 def test_complex_values_off_the_path_are_evaluated():

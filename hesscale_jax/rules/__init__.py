@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from hesscale_jax._complex import ANALYTIC, own
 from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules.calls import call, linear_call
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
@@ -22,6 +23,7 @@ from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
 from hesscale_jax.rules.dense_jacobian import dense
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
+from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.multilinear import multilinear, product
 from hesscale_jax.rules.selection import (
     Reduction,
@@ -117,6 +119,9 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
         "ragged_dot_general": multilinear,
         **dict.fromkeys(("cumprod", "reduce_prod", "scatter-mul"), product),
+        # Complex values, which are written out in their real and imaginary parts
+        **{f"custom_jvp_call[{own(name)}]": nested for name in ANALYTIC},
+        "custom_jvp_call[complex.fft]": fourier,
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,
         # Control flow

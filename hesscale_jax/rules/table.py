@@ -4,14 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jax.numpy as jnp
-from jax.extend import core
-
-from hesscale_jax._jaxpr import Constant, Equation, label, location
-from hesscale_jax.errors import UnsupportedPrimitiveError
+from hesscale_jax._jaxpr import Equation, complex_primitive, label, location
+from hesscale_jax.errors import ComplexValuesError, UnsupportedPrimitiveError
 from hesscale_jax.rules.unsupported import UNSUPPORTED
 
-__all__ = ["ByEquation", "PiecewiseConstant", "Unsupported", "find"]
+__all__ = ["ByEquation", "ComplexValues", "PiecewiseConstant", "Unsupported", "find"]
 
 Find = Callable[[Equation], Any]
 
@@ -52,6 +49,14 @@ class Unsupported:
         raise UnsupportedPrimitiveError(label(eqn), location(eqn), self.reason, self.curable)
 
 
+class ComplexValues(Unsupported):
+    """The same for an equation on complex values."""
+
+    def __call__(self, eqn: Equation, operands: Sequence[Any], recurse: Any) -> NoReturn:
+        """Raise the error, with the user's line."""
+        raise ComplexValuesError(complex_primitive(eqn) or eqn.name, location(eqn), self.reason)
+
+
 def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
     """The rule of an equation on a path: by its primitive, its label, or the primitive's name."""
     keys = (eqn.primitive, label(eqn), eqn.name)
@@ -62,20 +67,6 @@ def find(rules: Mapping[Any, Any], eqn: Equation) -> Any:
         return rule
     if rule is None and eqn.name in STORES:
         Unsupported(UNSUPPORTED[eqn.name], curable=False)(eqn, (), None)
-    if _is_complex(eqn):
-        return Unsupported("complex values are not carried", curable=False)
+    if complex_primitive(eqn) is not None:
+        return ComplexValues("no form in real and imaginary parts", curable=False)
     return Unsupported(UNSUPPORTED.get(eqn.name, "")) if rule is None else rule
-
-
-def _is_complex(eqn: Equation) -> bool:
-    """Whether an equation has complex values; one that holds a jaxpr may have some off the path."""
-    if any(_holds_jaxpr(value) for value in eqn.params.values()):
-        return False
-    values = (*(v for v in eqn.inputs if not isinstance(v, Constant)), *eqn.outputs)
-    return any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in values)
-
-
-def _holds_jaxpr(parameter: Any) -> bool:
-    if isinstance(parameter, tuple | list):
-        return any(map(_holds_jaxpr, parameter))
-    return isinstance(parameter, core.Jaxpr | core.ClosedJaxpr)

@@ -5,7 +5,6 @@ from types import MappingProxyType
 
 __all__ = ["UNSUPPORTED"]
 
-_COMPLEX = "complex values are not carried: a spread is a real half-variance"
 _FACTORISATION = (
     "a factorisation's squared Jacobian has no cheap form; hesscale_jax.rules.dense is exact "
     "where the matrix is small"
@@ -28,7 +27,7 @@ _PROCESSES = "it moves arrays between processes; do so outside of the loss"
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("complex", "conj", "eig", "fft", "imag", "real"), _COMPLEX),
+        "eig": "complex values of a factorisation have no form in real and imaginary parts",
         **dict.fromkeys(("cholesky", "eigh", "lu", "qr", "svd"), _FACTORISATION),
         **dict.fromkeys(("custom_linear_solve", "triangular_solve"), _SOLVE),
         "tridiagonal_solve": _SOLVE,
