@@ -20,8 +20,9 @@ from hesscale_jax.rules.calls import call, linear_call
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
 from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
-from hesscale_jax.rules.dense_jacobian import dense
+from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
+from hesscale_jax.rules.linear_solve import linear_solve, triangular_solve, tridiagonal_solve
 from hesscale_jax.rules.multilinear import multilinear, product
 from hesscale_jax.rules.selection import (
     Reduction,
@@ -50,9 +51,12 @@ __all__ = [
     "defined_by",
     "dense",
     "linear",
+    "linear_solve",
+    "matrix_function",
     "multilinear",
     "nested",
     "product",
+    "sampled",
     "selection",
     "unary",
     "view",
@@ -119,6 +123,11 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("cumprod", "reduce_prod", "scatter-mul"), product),
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,
+        # Matrix functions
+        **dict.fromkeys(("cholesky", "eigh", "lu", "qr", "svd", "reduce"), matrix_function()),
+        "custom_linear_solve": linear_solve(),
+        "triangular_solve": triangular_solve,
+        "tridiagonal_solve": tridiagonal_solve,
         # Control flow
         "cond": cond,
         "scan": scan,
