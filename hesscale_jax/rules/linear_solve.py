@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Body, Equation, Program
+from hesscale_jax._jaxpr import Body, Constant, Equation, Program
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.dense_jacobian import MAX_ENTRIES, SAMPLES, signs
 from hesscale_jax.rules.derivatives import widened
@@ -31,8 +31,7 @@ def triangular_solve(eqn: Equation, operands: Sequence[Moments], recurse: Any) -
 
     ``N`` is the inverse of the triangle; of ``A``, what the equation doesn't read has no moments.
     """
-    a, b = operands
-    va = a.spread
+    va = operands[0].spread
     if va is not None:
         keep, below = (jnp.tril, -1) if eqn.params["lower"] else (jnp.triu, 1)
         va = keep(va, below if eqn.params["unit_diagonal"] else 0)
@@ -107,24 +106,25 @@ def _operator_solved(
 ) -> list[Moments]:
     primals = [x.primal for x in operands]
     system = _System(eqn)
-    of_a, of_b = operands[: system.consts], operands[-len(eqn.outputs) :]
-    xs = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
+    of_a, of_b = operands[: system.consts], operands[-system.unknowns :]
+    results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
     shifts = push(eqn, primals, [x.shift for x in operands])
+    xs = results[: system.unknowns]
+    moves = any(x.spread is not None for x in of_a)
+    if not moves and all(x.spread is None for x in of_b):
+        return list(map(Moments, results, shifts))
 
     def solved(*b: Any) -> list[Any]:
         b = tuple(lax.convert_element_type(y, x.dtype) for y, x in zip(b, xs, strict=True))
-        return _jaxpr.listed(_jaxpr.bind(eqn, *primals[: -len(b)], *b), eqn)
+        return _jaxpr.listed(_jaxpr.bind(eqn, *primals[: -len(b)], *b), eqn)[: len(b)]
 
     def applied(*xs: Any) -> tuple[list[Any], list[Any]]:
         """The spread of ``A x``, and the shift that it bends by."""
         moments = [*(x._replace(shift=None) for x in of_a), *map(Moments, xs)]
-        ys = recurse(system.body, moments)
+        ys = recurse(system.body, moments)[: len(xs)]
         spreads = [_filled(y.spread, x, spread_dtype(x.dtype)) for x, y in zip(xs, ys, strict=True)]
         return spreads, [_filled(y.shift, x, x.dtype) for x, y in zip(xs, ys, strict=True)]
 
-    moves = any(x.spread is not None for x in of_a)
-    if not moves and all(x.spread is None for x in of_b):
-        return list(map(Moments, xs, shifts))
     changed, bent = applied(*xs) if moves else ([None] * len(xs), [None] * len(xs))
     entering = [total(y.spread, v) for y, v in zip(of_b, changed, strict=True)]
     entering = [_filled(v, x, spread_dtype(x.dtype)) for v, x in zip(entering, xs, strict=True)]
@@ -141,14 +141,17 @@ def _operator_solved(
 
     probes = system.unit_vectors(xs, max_entries)
     if probes is None:
-        scale = samples**-0.5
-        probes = [scale * signs(eqn, k, x, samples) for k, x in enumerate(xs)]
+        probes = [samples**-0.5 * signs(eqn, k, x, samples) for k, x in enumerate(xs)]
     squares, turned = jax.vmap(along)(*probes)
     spreads = [v.sum(0) for v in squares]
     if turned:
-        bends = solved(*(t.sum(0) - s for t, s in zip(turned, bent, strict=True)))
-        shifts = list(map(total, shifts, bends))
-    return list(map(Moments, xs, shifts, spreads))
+        # JAX transposes a solve in all of its right-hand sides, or in none.
+        linear = [0 * v if len(xs) > 1 else None for v in entering]
+        terms = zip(turned, bent, linear, strict=True)
+        bends = solved(*(total(t.sum(0) - s, v) for t, s, v in terms))
+        shifts[: len(xs)] = map(total, shifts, bends)
+    rest = [None] * (len(results) - len(xs))  # auxiliary results, which have no derivative
+    return list(map(Moments, results, [*shifts[: len(xs)], *rest], [*spreads, *rest]))
 
 
 class _System:
@@ -156,14 +159,20 @@ class _System:
 
     Attributes:
       consts: How many of the equation's operands ``A`` is made of, the first.
+      unknowns: How many arrays ``x`` consists of, the first results; ``b`` are the last operands.
       body: The program ``A x`` of these and of ``x``, which takes the place of ``b``.
     """
 
     def __init__(self, eqn: Equation) -> None:
         self.consts = eqn.params["const_lengths"].matvec
         program = _jaxpr.body(eqn.params["jaxprs"].matvec, eqn).program
-        of_b = range(len(eqn.inputs) - len(eqn.outputs), len(eqn.inputs))
-        self.body = Body(program, [*range(self.consts), *of_b])
+        self.unknowns = len(program.outputs)
+        of_b = range(len(eqn.inputs) - self.unknowns, len(eqn.inputs))
+        # As in a loop, each unknown depends on all: so all are wanted if one is.
+        carry = {k: self.consts + k for k in range(self.unknowns)}
+        rest = [Constant(0.0)] * (len(eqn.outputs) - self.unknowns)
+        padded = Program(program.inputs, program.equations, [*program.outputs, *rest])
+        self.body = Body(padded, [*range(self.consts), *of_b], carry)
 
     def unit_vectors(self, xs: Sequence[Any], max_entries: int) -> list[Any] | None:
         """One for each unknown, a row of each array; ``None`` if the inverse is too large.
@@ -195,7 +204,7 @@ def _apart(program: Program, consts: int) -> Sequence[int]:
     They are those of a batch of systems, or of right-hand sides. None are found in an ``A`` that
     does more than multiply by matrices and numbers.
     """
-    (x,), (result,) = program.inputs[consts:], program.outputs
+    (x,), result = program.inputs[consts:], program.outputs[0]
     axes: dict[Any, dict[int, int]] = {x: {axis: axis for axis in range(len(x.shape))}}
     for eqn in program.equations:
         reads = [(i, axes[v]) for i, v in enumerate(eqn.inputs) if v in axes]
