@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hesscale_jax.rules import derivatives as d
-from hesscale_jax.rules.calls import call, linear_call
+from hesscale_jax.rules.calls import call, linear_call, vectorised
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
 from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
@@ -38,6 +38,7 @@ from hesscale_jax.rules.selection import (
     summation,
     view,
 )
+from hesscale_jax.rules.sparse import sampled_product, sparse_product
 from hesscale_jax.rules.unsupported import UNSUPPORTED
 
 __all__ = [
@@ -128,6 +129,15 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "custom_linear_solve": linear_solve(),
         "triangular_solve": triangular_solve,
         "tridiagonal_solve": tridiagonal_solve,
+        # Sparse arrays
+        **dict.fromkeys(("bcoo_dot_general", "bcsr_dot_general"), sparse_product),
+        **dict.fromkeys(("coo_matmat", "coo_matvec", "csr_matmat", "csr_matvec"), sparse_product),
+        "bcoo_dot_general_sampled": sampled_product,
+        **dict.fromkeys(("bcoo_extract", "bcoo_fromdense", "bcoo_todense"), selection),
+        **dict.fromkeys(("bcoo_sort_indices", "bcoo_sum_duplicates", "bcoo_transpose"), selection),
+        **dict.fromkeys(("bcsr_extract", "bcsr_fromdense", "bcsr_todense"), selection),
+        **dict.fromkeys(("coo_fromdense", "coo_todense"), selection),
+        **dict.fromkeys(("csr_fromdense", "csr_todense", "todense"), selection),
         # Control flow
         "cond": cond,
         "scan": scan,
@@ -138,9 +148,14 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("pbroadcast", "ppermute", "psum", "psum_invariant", "pvary"), selection),
         "reduce_scatter": selection,
         # Calls, and functions with a derivative rule of their own
-        **dict.fromkeys(("custom_vmap_call", "xla_metadata_call"), call),
+        **dict.fromkeys(("custom_partitioning", "custom_vmap_call", "xla_metadata_call"), call),
         "custom_vjp_call": custom_rule,
         "linear_call": linear_call,
+        # Equinox
+        **dict.fromkeys(("announce_jaxpr", "maybe_set", "select_if_vmap"), selection),
+        "noinline": matrix_function(),
+        "nondifferentiable_backward": selection,
+        "vprim": vectorised,
         # Piecewise constant: a path ends
         **dict.fromkeys(("eq", "ge", "gt", "is_finite", "le", "lt", "ne"), constant),
         **dict.fromkeys(("ceil", "floor", "round", "sign", "stop_gradient"), constant),
