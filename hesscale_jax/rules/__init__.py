@@ -129,6 +129,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "custom_linear_solve": linear_solve(),
         "triangular_solve": triangular_solve,
         "tridiagonal_solve": tridiagonal_solve,
+        "spsolve": sampled,
         # Sparse arrays
         **dict.fromkeys(("bcoo_dot_general", "bcsr_dot_general"), sparse_product),
         **dict.fromkeys(("coo_matmat", "coo_matvec", "csr_matmat", "csr_matvec"), sparse_product),

@@ -32,6 +32,9 @@ SAMPLES = 16
 # Their last two axes are a matrix each, those in front of them a batch.
 FACTORISATIONS = frozenset({"cholesky", "eigh", "lu", "qr", "svd"})
 
+# JAX cannot vectorise them.
+ONE_BY_ONE = frozenset({"spsolve"})
+
 
 def dense(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx + sum_i d2f/dx_i2 vx_i, vy = (J*J) vx``, with the derivatives written out.
@@ -197,7 +200,8 @@ def _sampled(
             pushed = jax.jvp(fun, [x.primal], [t])[1]
             return [s * p for s, p in zip(slopes, pushed, strict=True)], bends
 
-        sums = jax.vmap(along)(signs(eqn, i, x.primal, samples))
+        z = signs(eqn, i, x.primal, samples)
+        sums = lax.map(along, z) if eqn.name in ONE_BY_ONE else jax.vmap(along)(z)
         for k, squares, bends in zip(carried, *sums, strict=True):
             wide = spread_dtype(results[k].dtype)
             spreads[k] = total(spreads[k], squares.astype(wide).mean(0))

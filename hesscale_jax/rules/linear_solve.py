@@ -45,7 +45,7 @@ def tridiagonal_solve(eqn: Equation, operands: Sequence[Moments], recurse: Any) 
     n = b.primal.shape[-2]
     offsets = zip((below, on, above), (-1, 0, 1), strict=True)
     bands = [
-        x.spread[..., None] * jnp.eye(n, k=k, dtype=x.spread.dtype)
+        jnp.einsum("...i,ij->...ij", x.spread, jnp.eye(n, k=k, dtype=x.spread.dtype))
         for x, k in offsets
         if x.spread is not None
     ]

@@ -25,7 +25,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _OPAQUE),
         "bcoo_spdot_general": "JAX has no reverse-mode derivative of a product of two sparse arrays",
         "nontraceable": "Equinox forbids that it be differentiated",
-        "spsolve": "it solves for one right-hand side, and cannot be vectorised; densify the matrix",
         "composite": "JAX has no derivative of it",
         "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
         "relayout": "layouts that are part of an array's type are not followed",
