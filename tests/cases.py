@@ -20,8 +20,8 @@ from jax.custom_derivatives import linear_call
 from jax.experimental import sparse, xla_metadata
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.experimental.sparse.bcsr import bcsr_extract
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
 from jax.scipy import special
 
@@ -398,7 +398,7 @@ BLOCKS: dict[str, Case] = {
 }  # fmt: skip
 
 MATRIX = normal(3, 3) + 3 * np.eye(3)
-MATRICES = normal(2, 3, 3) + 3 * np.eye(3)
+MATRICES = normal(2, 3, 3) + np.broadcast_to(3 * np.eye(3), (2, 3, 3))
 LEFT = {"left_side": True}
 
 LINEAR_ALGEBRA: dict[str, Case] = {

@@ -299,7 +299,7 @@ PROGRAMS = {
         jax.random.multivariate_normal(jax.random.key(0), x[0], spd(x)) ** 2
     ),
     "spsolve": lambda x: jnp.sum(
-        spsolve(x.ravel(), np.tile(np.arange(3, dtype=np.int32), 3), np.arange(0, 10, 3, np.int32), x[0]) ** 2
+        spsolve(x.ravel(), np.int32([0, 1, 2] * 3), np.int32([0, 3, 6, 9]), x[0]) ** 2
     ),
     "a trained sparse array": lambda x: jnp.sum(jnp.tanh(bcoo(x.ravel()[:6]) @ x) ** 2),
     "igammac": lambda x: jnp.sum(lax.igammac(x**2 + 1, x**2 + 2)),

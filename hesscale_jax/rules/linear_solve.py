@@ -16,12 +16,15 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program
 from hesscale_jax.moments import Moments, spread_dtype
-from hesscale_jax.rules.dense_jacobian import MAX_ENTRIES, SAMPLES, signs
+from hesscale_jax.rules.dense_jacobian import SAMPLES, signs
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
 
 __all__ = ["linear_solve", "triangular_solve", "tridiagonal_solve"]
+
+# A thousand unknowns; the inverse of a matrix of 100 rows.
+LARGEST_INVERSE = 2**20
 
 Rule = Callable[[Equation, Sequence[Moments], Any], list[Moments]]
 
@@ -78,7 +81,7 @@ def _solved(
     return [Moments(x, shift, spread)]
 
 
-def linear_solve(max_entries: int = MAX_ENTRIES, samples: int = SAMPLES) -> Rule:
+def linear_solve(max_entries: int = LARGEST_INVERSE, samples: int = SAMPLES) -> Rule:
     """The rule of ``custom_linear_solve``, with or without a matrix that is written out.
 
     The operator ``A`` is a function of what it closes over, by which its result is pushed: the

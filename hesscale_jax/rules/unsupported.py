@@ -23,7 +23,7 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("masked_load", "masked_swap", "mpmd_map", "pallas_call"), _KERNEL),
         "with_memory_space_constraint": _KERNEL,
         **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _OPAQUE),
-        "bcoo_spdot_general": "JAX has no reverse-mode derivative of a product of two sparse arrays",
+        "bcoo_spdot_general": "JAX has no reverse-mode derivative of it: make one array dense",
         "nontraceable": "Equinox forbids that it be differentiated",
         "composite": "JAX has no derivative of it",
         "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
