@@ -565,6 +565,11 @@ def solved_as_a_whole(m: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 
 
 partitioned_sine = custom_partitioning(lambda x: jnp.sin(x) * x)
+partitioned_sine.def_partition(
+    partition=lambda mesh, args, out: (mesh, jnp.sin, out.sharding, (args[0].sharding,)),
+    infer_sharding_from_operands=lambda mesh, args, out: args[0].sharding,
+    sharding_rule="i j -> i j",
+)
 
 
 # What cannot be vectorised, as dense algebra is, or what is written without a derivative in JAX: a

@@ -22,6 +22,7 @@ from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
 from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
+from hesscale_jax.rules.incomplete_gamma import incomplete_gamma
 from hesscale_jax.rules.linear_solve import linear_solve, triangular_solve, tridiagonal_solve
 from hesscale_jax.rules.multilinear import multilinear, product
 from hesscale_jax.rules.selection import (
@@ -96,7 +97,8 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         ),
         **dict.fromkeys(("bessel_i0e", "bessel_i1e", "cbrt", "cosh", "digamma"), nested),
         **dict.fromkeys(("erf_inv", "erfc", "exp2", "lgamma", "log2", "one_minus_square"), nested),
-        **dict.fromkeys(("igamma", "igammac", "polygamma", "polynomial", "pow", "rem"), nested),
+        **dict.fromkeys(("igamma", "igammac"), incomplete_gamma),
+        **dict.fromkeys(("polygamma", "polynomial", "pow", "rem"), nested),
         **dict.fromkeys(("random_gamma", "regularized_incomplete_beta", "sinh", "tan"), nested),
         "custom_jvp_call": custom_jvp,
         # Selections: views and reductions may stand in a block
