@@ -28,8 +28,8 @@ class UnsupportedPrimitiveError(NotImplementedError):
         ][: 2 if not curable else 4 if reason else 5]
         listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))
         super().__init__(
-            f"no rule for {primitive!r} (used at {location})"
-            f"{': ' + reason if reason else ''}. HesScale cannot carry curvature through it. "
+            f"{reason + ': ' if reason else ''}no rule for {primitive!r} (used at {location}). "
+            "HesScale cannot carry curvature through it. "
             f"Options: {listed}."
         )
         self.primitive = primitive

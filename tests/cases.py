@@ -3,6 +3,7 @@
 Shapes are asymmetric, except where a square one could hide a transposition.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from equinox.debug import announce_transform
+from equinox.internal import noinline
 from flax import linen, nnx
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import linear_call
-from jax.experimental import xla_metadata
+from jax.experimental import sparse, xla_metadata
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.sparse.bcsr import bcsr_extract
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.flatten_util import ravel_pytree
 from jax.scipy import special
 
 LABELS = np.array([0, 3, 2, 5])
@@ -391,6 +397,181 @@ BLOCKS: dict[str, Case] = {
     "policy ratio": (lambda x: jnp.exp(jnp.take_along_axis(nn.log_softmax(x), LABELS[:, None], 1)), x),
 }  # fmt: skip
 
+MATRIX = normal(3, 3) + 3 * np.eye(3)
+MATRICES = normal(2, 3, 3) + np.broadcast_to(3 * np.eye(3), (2, 3, 3))
+LEFT = {"left_side": True}
+
+LINEAR_ALGEBRA: dict[str, Case] = {
+    "cholesky": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), MATRIX @ MATRIX.T),
+    "cholesky of a batch": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), jnp.broadcast_to(MATRIX @ MATRIX.T, (2, 1, 3, 3))),
+    "cholesky of one entry": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), positive(1, 1)),
+    "cholesky of no entries": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), normal(0, 0)),
+    "eigh": (lambda x: lax.linalg.eigh(x, symmetrize_input=False)[1], MATRIX @ MATRIX.T),
+    "eigh, vectors": (lambda x: lax.linalg.eigh(x, symmetrize_input=False)[0], MATRIX @ MATRIX.T),
+    "eigh of a batch": (lambda x: lax.linalg.eigh(x, symmetrize_input=False)[1], MATRICES + jnp.swapaxes(MATRICES, 1, 2)),
+    "lu": (lambda x: lax.linalg.lu(x)[0], normal(4, 3)),
+    "lu of a batch": (lambda x: lax.linalg.lu(x)[0], normal(2, 3, 4)),
+    "qr": (lambda x: lax.linalg.qr(x, full_matrices=False)[1], normal(4, 3)),
+    "qr of a batch": (lambda x: lax.linalg.qr(x, full_matrices=False)[0], normal(2, 4, 3)),
+    "svd": (lambda x: lax.linalg.svd(x, full_matrices=False)[1], normal(4, 3)),
+    "svd of a batch": (lambda x: lax.linalg.svd(x, full_matrices=False)[0], normal(2, 4, 3)),
+    "reduce": (lambda x: lax.reduce(x, 0.0, lambda a, b: a + b + a * b, (1,)), normal(2, 3, 2)),
+    **{
+        f"triangular_solve, {options}": (
+            lambda m, b, options=options: lax.linalg.triangular_solve(m, b, **options),
+            MATRIX, normal(3, 2) if options["left_side"] else normal(2, 3),
+        )
+        for flags in itertools.product((False, True), repeat=4)
+        for options in [dict(zip(("left_side", "lower", "transpose_a", "unit_diagonal"), flags, strict=True))]
+    },
+    "triangular_solve of a batch": (lambda m, b: lax.linalg.triangular_solve(m, b, **LEFT), MATRICES, normal(2, 3, 4)),
+    "triangular_solve of one entry": (lambda m, b: lax.linalg.triangular_solve(m, b, **LEFT), positive(1, 1), normal(1, 1)),
+    "triangular_solve of no entries": (lambda b: lax.linalg.triangular_solve(normal(0, 0), b, **LEFT), normal(0, 2)),
+    "tridiagonal_solve": (lax.linalg.tridiagonal_solve, *normal(3, 4), normal(4, 2)),
+    "tridiagonal_solve of a batch": (lax.linalg.tridiagonal_solve, *(normal(3, 2, 4) + 2), normal(2, 4, 3)),
+    "solve": (jnp.linalg.solve, MATRIX, normal(3)),
+    "solve of one entry": (jnp.linalg.solve, positive(1, 1), normal(1)),
+    "solve for a matrix": (jnp.linalg.solve, MATRIX, normal(3, 2)),
+    "solve of a batch": (jnp.linalg.solve, MATRICES, normal(2, 3, 4)),
+    "inv": (jnp.linalg.inv, MATRICES),
+    "custom_linear_solve": (
+        lambda b: lax.custom_linear_solve(
+            lambda x: MATRIX @ MATRIX.T @ x, b, lambda _, b: jnp.linalg.inv(MATRIX @ MATRIX.T) @ b, symmetric=True
+        ),
+        normal(3),
+    ),
+}  # fmt: skip
+
+# Sparse arrays: entries of 4 rows and 3 columns, of which two lie at one position, one outside.
+AT = np.array([[0, 1], [2, 0], [2, 0], [3, 2], [1, 1], [4, 3]])
+STARTS, COLUMNS = np.array([0, 2, 2, 5, 6]), np.array([0, 2, 1, 1, 2, 0])
+ROWS = np.repeat(np.arange(4), np.diff(STARTS))
+NUMBERS, WEIGHTS = normal(6), normal(3, 2, seed=1)
+
+
+def bcoo(numbers: jax.Array, **options: bool) -> sparse.BCOO:
+    """A sparse array of these numbers."""
+    return sparse.BCOO((numbers, jnp.array(AT)), shape=(4, 3), **options)
+
+
+def bcsr(numbers: jax.Array) -> sparse.BCSR:
+    """Another."""
+    return sparse.BCSR((numbers, jnp.array(COLUMNS), jnp.array(STARTS)), shape=(4, 3))
+
+
+def coo(numbers: jax.Array) -> sparse.COO:
+    """The same in another format."""
+    return sparse.COO((numbers, jnp.array(ROWS), jnp.array(COLUMNS)), shape=(4, 3))
+
+
+def csr(numbers: jax.Array) -> sparse.CSR:
+    """The same in another format."""
+    return sparse.CSR((numbers, jnp.array(COLUMNS), jnp.array(STARTS)), shape=(4, 3))
+
+
+def in_rows(numbers: jax.Array, rows: Any = ROWS, columns: Any = COLUMNS) -> jax.Array:
+    """The same as a dense array."""
+    return jnp.zeros((4, 3)).at[rows, columns].add(numbers, mode="drop")
+
+
+def in_dense(numbers: jax.Array) -> jax.Array:
+    """The dense array of ``bcoo``."""
+    return in_rows(numbers, *AT.T)
+
+
+def batched(numbers: jax.Array) -> sparse.BCOO:
+    """A batch of two of them."""
+    return sparse.BCOO((numbers, jnp.stack([AT, AT[::-1]])), shape=(2, 4, 3))
+
+
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+MATMUL = (((1,), (0,)), ((), ()))
+
+# A function, the same of dense arrays, and where to evaluate both.
+SPARSE: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]] = {
+    "bcoo_dot_general": (lambda d, w: bcoo(d) @ w, lambda d, w: in_dense(d) @ w, NUMBERS, WEIGHTS),
+    "bcoo_dot_general, unique": (
+        lambda d, w: sparse.BCOO((d, jnp.array(AT[2:])), shape=(4, 3), unique_indices=True) @ w,
+        lambda d, w: in_rows(d, *AT[2:].T) @ w, normal(4), WEIGHTS,
+    ),
+    "bcoo_dot_general, of data": (lambda w: bcoo(NUMBERS) @ w, lambda w: in_dense(NUMBERS) @ w, WEIGHTS),
+    "bcoo_dot_general with a vector": (lambda d, w: bcoo(d) @ w, lambda d, w: in_dense(d) @ w, NUMBERS, normal(3)),
+    "bcoo_dot_general from the right": (lambda d, w: w @ bcoo(d), lambda d, w: w @ in_dense(d), NUMBERS, normal(2, 4)),
+    "bcoo_dot_general of a batch": (
+        lambda d, w: sparse.bcoo_dot_general(batched(d), w, dimension_numbers=BATCHED),
+        lambda d, w: jnp.stack([in_dense(d[0]), in_rows(d[1], *AT[::-1].T)]) @ w,
+        normal(2, 6), normal(2, 3, 2),
+    ),
+    "bcoo_dot_general_sampled": (
+        lambda a, b: sparse.bcoo_dot_general_sampled(a, b, jnp.array(AT[:5]), dimension_numbers=MATMUL),
+        lambda a, b: (a @ b)[AT[:5, 0], AT[:5, 1]], normal(4, 5), normal(5, 3),
+    ),
+    "bcoo_todense": (lambda d: bcoo(d).todense(), in_dense, NUMBERS),
+    "bcoo_fromdense": (lambda x: sparse.BCOO.fromdense(x, nse=12).todense(), lambda x: 1 * x, normal(4, 3)),
+    "bcoo_extract": (lambda d, x: (bcoo(d) * x).todense(), lambda d, x: in_dense(d * x[AT[:, 0], AT[:, 1]]), NUMBERS, normal(4, 3)),
+    "bcoo_transpose": (lambda d: bcoo(d).T.todense(), lambda d: in_dense(d).T, NUMBERS),
+    "bcoo_sum_duplicates": (lambda d: bcoo(d).sum_duplicates(nse=6).todense(), in_dense, NUMBERS),
+    "bcoo_sort_indices": (lambda d: bcoo(d).sort_indices().todense(), in_dense, NUMBERS),
+    "bcoo_reduce_sum": (
+        lambda d: sparse.bcoo_reduce_sum(bcoo(d), axes=(1,)).todense(), lambda d: in_dense(d).sum(1), NUMBERS,
+    ),
+    "bcoo_concatenate": (
+        lambda d: sparse.bcoo_concatenate([bcoo(d), bcoo(2 * d)], dimension=0).todense(),
+        lambda d: jnp.concatenate([in_dense(d), in_dense(2 * d)]), NUMBERS,
+    ),
+    "bcoo_slice": (lambda d: bcoo(d)[1:3].todense(), lambda d: in_dense(d)[1:3], NUMBERS),
+    "bcsr_dot_general": (lambda d, w: bcsr(d) @ w, lambda d, w: in_rows(d) @ w, NUMBERS, WEIGHTS),
+    "bcsr_todense": (lambda d: bcsr(d).todense(), in_rows, NUMBERS),
+    "bcsr_fromdense": (lambda x: sparse.BCSR.fromdense(x, nse=12).data, jnp.ravel, normal(4, 3)),
+    "bcsr_extract": (
+        lambda x: bcsr_extract(jnp.array(COLUMNS), jnp.array(STARTS), x), lambda x: x[ROWS, COLUMNS], normal(4, 3),
+    ),
+    "coo_matmat": (lambda d, w: coo(d) @ w, lambda d, w: in_rows(d) @ w, NUMBERS, WEIGHTS),
+    "coo_matvec": (lambda d, w: coo(d).T @ w, lambda d, w: in_rows(d).T @ w, NUMBERS, normal(4)),
+    "coo_todense": (lambda d: coo(d).todense(), in_rows, NUMBERS),
+    "coo_fromdense": (lambda x: sparse.COO.fromdense(x, nse=12).data, jnp.ravel, normal(4, 3)),
+    "csr_matmat": (lambda d, w: csr(d) @ w, lambda d, w: in_rows(d) @ w, NUMBERS, WEIGHTS),
+    "csr_matvec": (lambda d, w: csr(d) @ w, lambda d, w: in_rows(d) @ w, NUMBERS, normal(3)),
+    "csr_todense": (lambda d: csr(d).todense(), in_rows, NUMBERS),
+    "csr_fromdense": (lambda x: sparse.CSR.fromdense(x, nse=12).data, jnp.ravel, normal(4, 3)),
+    "todense": (lambda d: sparse.todense(bcoo(d)), in_dense, NUMBERS),
+}  # fmt: skip
+
+
+def solved_in_parts(m: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """The solution of a system of two arrays, with an auxiliary result."""
+
+    def multiplied(x: Any) -> Any:
+        return {"p": m @ x["p"] + x["q"].sum(), "q": 3 * x["q"] + x["p"][:2]}
+
+    def solve(multiply: Any, b: Any) -> Any:
+        flat, unravel = ravel_pytree(b)
+        matrix = jax.jacobian(lambda flat: ravel_pytree(multiply(unravel(flat)))[0])(flat)
+        return unravel(jnp.linalg.solve(matrix, flat)), {
+            "steps": jnp.array(1),
+            "error": jnp.array(0.0),
+        }
+
+    x, _ = lax.custom_linear_solve(
+        multiplied, {"p": b, "q": c}, solve, transpose_solve=solve, has_aux=True
+    )
+    return jnp.concatenate([x["p"], x["q"]])  # fmt: skip
+
+
+def solved_as_a_whole(m: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """The same by one matrix."""
+    matrix = jnp.block([[m, jnp.ones((3, 2))], [jnp.eye(2, 3), 3 * jnp.eye(2)]])
+    return jnp.linalg.solve(matrix, jnp.concatenate([b, c]))
+
+
+partitioned_sine = custom_partitioning(lambda x: jnp.sin(x) * x)
+partitioned_sine.def_partition(
+    partition=lambda mesh, args, out: (mesh, jnp.sin, out.sharding, (args[0].sharding,)),
+    infer_sharding_from_operands=lambda mesh, args, out: args[0].sharding,
+    sharding_rule="i j -> i j",
+)
+
+
 # What cannot be vectorised, as dense algebra is, or what is written without a derivative in JAX: a
 # function, the same in other words, and where to evaluate both.
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]] = {
@@ -402,6 +583,18 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], *tuple[Any, ...]]
     ),
     "linear_call": (
         lambda x: linear_call(lambda w, x: w @ x, lambda w, y: w.T @ y, w, x), lambda x: w @ x, normal(6),
+    ),
+    "custom_linear_solve of several arrays": (
+        solved_in_parts, solved_as_a_whole, MATRIX, normal(3), normal(2),
+    ),
+    "custom_partitioning": (
+        lambda x: partitioned_sine(x), lambda x: jnp.sin(x) * x, x,
+    ),
+    "announce_jaxpr": (
+        lambda x: announce_transform(x**2, announce=lambda transform: None), lambda x: x**2, x,
+    ),
+    "noinline": (
+        lambda x: noinline(jnp.sin)(x), jnp.sin, normal(4),
     ),
     "ragged_dot_general": (
         lambda x, w: lax.ragged_dot(x, w, np.array([2, 0, 3])),
@@ -493,7 +686,10 @@ COMPLEX: dict[str, Case] = FOURIER | {
     "complex to real": (lambda x, w: lax.convert_element_type(lax.complex(x, w), complex).real, x, w),
 }  # fmt: skip
 
-CASES = UNARY | BINARY | SELECTION | MULTILINEAR | OTHER | CONTROL | BLOCKS | COMPLEX
+PAIRS |= SPARSE
+CASES = (
+    UNARY | BINARY | SELECTION | MULTILINEAR | LINEAR_ALGEBRA | OTHER | CONTROL | BLOCKS | COMPLEX
+)
 
 
 @jax.custom_vjp

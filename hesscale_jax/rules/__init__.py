@@ -17,13 +17,15 @@ from typing import Any
 
 from hesscale_jax._complex import ANALYTIC, own
 from hesscale_jax.rules import derivatives as d
-from hesscale_jax.rules.calls import call, linear_call
+from hesscale_jax.rules.calls import call, linear_call, vectorised
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
 from hesscale_jax.rules.cumulative import cumlogsumexp
 from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
-from hesscale_jax.rules.dense_jacobian import dense
+from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
 from hesscale_jax.rules.fourier import fourier
+from hesscale_jax.rules.incomplete_gamma import incomplete_gamma
+from hesscale_jax.rules.linear_solve import linear_solve, triangular_solve, tridiagonal_solve
 from hesscale_jax.rules.multilinear import multilinear, product
 from hesscale_jax.rules.selection import (
     Reduction,
@@ -39,6 +41,7 @@ from hesscale_jax.rules.selection import (
     summation,
     view,
 )
+from hesscale_jax.rules.sparse import sampled_product, sparse_product
 from hesscale_jax.rules.unsupported import UNSUPPORTED
 
 __all__ = [
@@ -52,9 +55,12 @@ __all__ = [
     "defined_by",
     "dense",
     "linear",
+    "linear_solve",
+    "matrix_function",
     "multilinear",
     "nested",
     "product",
+    "sampled",
     "selection",
     "unary",
     "view",
@@ -93,7 +99,8 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         ),
         **dict.fromkeys(("bessel_i0e", "bessel_i1e", "cbrt", "cosh", "digamma"), nested),
         **dict.fromkeys(("erf_inv", "erfc", "exp2", "lgamma", "log2", "one_minus_square"), nested),
-        **dict.fromkeys(("igamma", "igammac", "polygamma", "polynomial", "pow", "rem"), nested),
+        **dict.fromkeys(("igamma", "igammac"), incomplete_gamma),
+        **dict.fromkeys(("polygamma", "polynomial", "pow", "rem"), nested),
         **dict.fromkeys(("random_gamma", "regularized_incomplete_beta", "sinh", "tan"), nested),
         "custom_jvp_call": custom_jvp,
         # Selections: views and reductions may stand in a block
@@ -124,6 +131,21 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "custom_jvp_call[complex.fft]": fourier,
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,
+        # Matrix functions
+        **dict.fromkeys(("cholesky", "eigh", "lu", "qr", "svd", "reduce"), matrix_function()),
+        "custom_linear_solve": linear_solve(),
+        "triangular_solve": triangular_solve,
+        "tridiagonal_solve": tridiagonal_solve,
+        "spsolve": sampled,
+        # Sparse arrays
+        **dict.fromkeys(("bcoo_dot_general", "bcsr_dot_general"), sparse_product),
+        **dict.fromkeys(("coo_matmat", "coo_matvec", "csr_matmat", "csr_matvec"), sparse_product),
+        "bcoo_dot_general_sampled": sampled_product,
+        **dict.fromkeys(("bcoo_extract", "bcoo_fromdense", "bcoo_todense"), selection),
+        **dict.fromkeys(("bcoo_sort_indices", "bcoo_sum_duplicates", "bcoo_transpose"), selection),
+        **dict.fromkeys(("bcsr_extract", "bcsr_fromdense", "bcsr_todense"), selection),
+        **dict.fromkeys(("coo_fromdense", "coo_todense"), selection),
+        **dict.fromkeys(("csr_fromdense", "csr_todense", "todense"), selection),
         # Control flow
         "cond": cond,
         "scan": scan,
@@ -134,9 +156,14 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("pbroadcast", "ppermute", "psum", "psum_invariant", "pvary"), selection),
         "reduce_scatter": selection,
         # Calls, and functions with a derivative rule of their own
-        **dict.fromkeys(("custom_vmap_call", "xla_metadata_call"), call),
+        **dict.fromkeys(("custom_partitioning", "custom_vmap_call", "xla_metadata_call"), call),
         "custom_vjp_call": custom_rule,
         "linear_call": linear_call,
+        # Equinox
+        **dict.fromkeys(("announce_jaxpr", "maybe_set", "select_if_vmap"), selection),
+        "noinline": matrix_function(),
+        "nondifferentiable_backward": selection,
+        "vprim": vectorised,
         # Piecewise constant: a path ends
         **dict.fromkeys(("eq", "ge", "gt", "is_finite", "le", "lt", "ne"), constant),
         **dict.fromkeys(("ceil", "floor", "round", "sign", "stop_gradient"), constant),

@@ -1,5 +1,6 @@
 """Primitives that hold a jaxpr and compute what it computes: moments are pushed through it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments
 from hesscale_jax.rules.selection import push
+from hesscale_jax.rules.table import ByEquation, Find
 
-__all__ = ["call", "linear_call"]
+__all__ = ["call", "linear_call", "vectorised"]
 
 
 def call(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -26,3 +28,11 @@ def linear_call(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     shifts = push(eqn, primals, [x.shift for x in operands])
     scattered = recurse(eqn.params["callee"], [x._replace(shift=None) for x in operands])
     return [Moments(y, dy, z.spread) for y, dy, z in zip(results, shifts, scattered, strict=True)]
+
+
+def _vectorised(eqn: Equation, find: Find) -> Any:
+    """The rule of the primitive that it vectorises."""
+    return find(dataclasses.replace(eqn, primitive=eqn.params["prim"]))
+
+
+vectorised = ByEquation(_vectorised)

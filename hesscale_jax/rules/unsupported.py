@@ -5,18 +5,6 @@ from types import MappingProxyType
 
 __all__ = ["UNSUPPORTED"]
 
-_FACTORISATION = (
-    "a factorisation's squared Jacobian has no cheap form; hesscale_jax.rules.dense is exact "
-    "where the matrix is small"
-)
-_SOLVE = (
-    "the squared Jacobian of a solve has no cheap form; hesscale_jax.rules.dense is exact where "
-    "the system is small"
-)
-_REDUCER = (
-    "the reducer is an arbitrary function; hesscale_jax.rules.dense is exact for small arrays, and "
-    "sums, products, maxima and minima have rules"
-)
 _REF = "mutable arrays are not followed; use the values that are written"
 _OPAQUE = "JAX has no derivative of it, as it cannot see what it computes"
 _KERNEL = "a kernel works on mutable arrays, which are not followed"
@@ -28,16 +16,14 @@ _PROCESSES = "it moves arrays between processes; do so outside of the loss"
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "eig": "complex values of a factorisation have no form in real and imaginary parts",
-        **dict.fromkeys(("cholesky", "eigh", "lu", "qr", "svd"), _FACTORISATION),
-        **dict.fromkeys(("custom_linear_solve", "triangular_solve"), _SOLVE),
-        "tridiagonal_solve": _SOLVE,
-        "reduce": _REDUCER,
         "reduce_window": "JAX has no reverse-mode derivative of it with an arbitrary reducer",
         **dict.fromkeys(("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref"), _REF),
         **dict.fromkeys(("freeze", "get", "get_global", "new_ref", "run_state", "swap"), _REF),
         **dict.fromkeys(("masked_load", "masked_swap", "mpmd_map", "pallas_call"), _KERNEL),
         "with_memory_space_constraint": _KERNEL,
         **dict.fromkeys(("ffi_call", "io_callback", "pure_callback"), _OPAQUE),
+        "bcoo_spdot_general": "JAX has no reverse-mode derivative of it: make one array dense",
+        "nontraceable": "Equinox forbids that it be differentiated",
         "composite": "JAX has no derivative of it",
         "igamma_grad_a": "JAX has no derivative of igamma's derivative in its first argument",
         "relayout": "layouts that are part of an array's type are not followed",
