@@ -141,8 +141,8 @@ def divided(m: jax.Array, curvature: jax.Array, eps: ArrayLike | None) -> jax.Ar
     """``m / (curvature + eps)``; without eps ``clip(m / curvature, -1, 1)``, with 0 for 0 / 0."""
     if eps is not None:
         return m / (curvature + eps)
-    tiny = jnp.finfo(curvature.dtype).tiny
-    return m / jnp.maximum(jnp.maximum(curvature, jnp.abs(m)), tiny)
+    larger = jnp.maximum(curvature, jnp.abs(m))
+    return m / jnp.where(larger == 0, 1, larger)
 
 
 def adahesscale(
