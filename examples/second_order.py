@@ -236,7 +236,7 @@ METHODS = {
     "momentum": first_order(partial(optax.sgd, momentum=0.9)),
     "Adam": first_order(optax.adam),
     "SVRG": Method(svrg, RATES, lambda *_: Work(gradient=3)),  # Two of them in batches.
-    "AdaHesScaleGN": diagonal(lambda _, rate: hs.adahesscale(rate)),
+    "AdaHesScaleGN": diagonal(lambda _, rate: hs.adahesscale(rate, eps=1e-8)),
     "diagonal Newton": diagonal(lambda p, rate: hs.diagonal_newton(rate, p.damping)),
     "L-BFGS": Method(lambda *_: LBFGS, **ZOOM, before=Work(gradient=1)),
     "L-BFGS from diagonal": Method(

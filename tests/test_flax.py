@@ -9,6 +9,8 @@ import optax
 import pytest
 from cases import assert_close
 from flax import linen, nnx
+from flax.core import freeze
+from flax.training import train_state
 
 import hesscale_jax as hs
 import hesscale_jax.linen
@@ -368,3 +370,119 @@ def test_linen_state_serves_other_optimizers_too():
     assert_close(after.params, jax.tree.map(lambda p: 0.9 * p, state.params))
     with pytest.raises(TypeError, match="hess_diag"):
         linen_state(hs.adahesscale(0.1)).apply_gradients(grads=state.params)
+
+
+# linen, 8-bit training
+
+
+class Fp8Net(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1)(jnp.tanh(linen.Dense(8, dot_general_cls=linen.Fp8DotGeneralOp)(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_fp8_scales_are_overwritten_with_their_gradient(frozen, every):
+    """As Flax's own state does with Adam; the rest is trained as without that collection."""
+    x = jax.random.normal(jax.random.key(1), (16, 4), jnp.float32)
+    model, owg = Fp8Net(), "_overwrite_with_gradient"
+    variables = model.init(jax.random.key(0), x)
+    variables = freeze(variables) if frozen else variables
+    tx = hs.adahesscale(1e-2)
+    state = hesscale_jax.linen.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+
+    def fun(variables):
+        return jnp.mean((model.apply(variables, x) - 1) ** 2)
+
+    refreshed = None
+    if every:
+        _, (grads, hess_diag), refreshed = hs.value_and_hesscale_every(2)(fun)(0, variables)
+    else:
+        grads, hess_diag = hs.hesscale(fun)(variables)
+    after = state.apply_gradients(grads=grads, hess_diag=hess_diag, refreshed=refreshed)
+    assert_close(dict(after.params[owg]), dict(grads[owg]))
+    expected, opt_state = tx.update(
+        grads["params"], tx.init(variables["params"]), hess_diag=hess_diag["params"]
+    )
+    assert_close(after.params["params"], optax.apply_updates(variables["params"], expected))
+    assert_close(after.opt_state, opt_state)
+    theirs = train_state.TrainState.create(apply_fn=None, params=variables, tx=optax.sgd(0.1))
+    theirs = theirs.apply_gradients(grads=grads)
+    assert jax.tree.structure(theirs.params) == jax.tree.structure(after.params)
+    with pytest.raises(ValueError, match="different structure"):
+        state.apply_gradients(grads=grads, hess_diag={"params": hess_diag["params"]})
+
+
+def test_linen_frozen_parameters():
+    plain = linen_state(hs.adahesscale(0.1))
+    expected = plain.apply_gradients(grads=plain.params, hess_diag=plain.params)
+    params = freeze(plain.params)
+    frozen = hesscale_jax.linen.TrainState.create(apply_fn=None, params=params, tx=plain.tx)
+    received = frozen.apply_gradients(grads=params, hess_diag=params)
+    assert_close(received.params.unfreeze(), expected.params)
+
+
+# linen, other extra arguments
+
+
+def by_loss():
+    def update(updates, state, params=None, *, loss, **extra_args):
+        return jax.tree.map(lambda u: loss * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def test_linen_hands_extra_arguments_on():
+    tx = optax.chain(hs.adahesscale(0.1), optax.contrib.reduce_on_plateau(patience=1), by_loss())
+    state = linen_state(tx)
+    params, opt_state = state.params, state.opt_state
+    step = jax.jit(
+        lambda state, value: state.apply_gradients(
+            grads=state.params, hess_diag=state.params, value=value, loss=2.0
+        )
+    )
+    for value in (1.0, 2.0, 3.0, 4.0):
+        state = step(state, value)
+        updates, opt_state = tx.update(params, opt_state, hess_diag=params, value=value, loss=2.0)
+        params = optax.apply_updates(params, updates)
+    assert_close(state.params, params)
+    assert state.opt_state[1].scale < 1
+
+
+@pytest.mark.parametrize("with_curvature", [False, True])
+def test_linen_line_search(with_curvature):
+    # A line search refuses what its function doesn't take.
+    def value_fn(params, hess_diag=None):
+        return optax.tree.norm(params, squared=True)
+
+    direction = hs.adahesscale(1.0) if with_curvature else optax.sgd(1.0)
+    state = linen_state(optax.chain(direction, optax.scale_by_backtracking_linesearch(10)))
+    value, grads = jax.value_and_grad(value_fn)(state.params)
+    curvature = {"hess_diag": grads} if with_curvature else {}
+    arguments = {"value": value, "grad": grads, "value_fn": value_fn} | curvature
+    after = state.apply_gradients(grads=grads, **arguments)
+    updates, _ = state.tx.update(grads, state.opt_state, state.params, **arguments)
+    assert_close(after.params, optax.apply_updates(state.params, updates))
+    assert value_fn(after.params) < value
+
+
+def test_linen_attributes_come_before_extra_arguments():
+    class WithLoss(BatchNormState):
+        loss: float = 0.0
+
+    state = linen_state(optax.sgd(0.1))
+    state = WithLoss(**{name: getattr(state, name) for name in vars(state)})
+    after = state.apply_gradients(grads=state.params, loss=2.0, batch_stats={}, tx=optax.adam(1.0))
+    assert (after.loss, after.batch_stats) == (2.0, {})
+    assert after.tx is not state.tx
+
+
+@pytest.mark.parametrize("tx", [hs.adahesscale(0.1), optax.scale(0.1)], ids=["chain", "plain"])
+def test_linen_loses_no_keyword(tx):
+    state = linen_state(tx)
+    with pytest.raises(
+        TypeError, match=r"'batch_stat', which is neither an attribute of BatchNorm"
+    ):
+        state.apply_gradients(grads=state.params, hess_diag=state.params, batch_stat={})

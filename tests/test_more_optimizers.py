@@ -319,3 +319,191 @@ def test_multi_steps_hands_on_the_last_curvature_alone():
     received, _ = run(optax.MultiSteps(solver, 2), params, batches)
     # MultiSteps' weights of the average are float32.
     assert_close(jax.tree.map(lambda u: u[1], received), expected, rtol=1e-6)
+
+
+# What is not finite
+
+
+UNGUARDED = {
+    "adahesscale": adahesscale(0.1, skip_nonfinite=False),
+    "diagonal_newton": diagonal_newton(0.1, 1e-3, skip_nonfinite=False),
+    "hess_diag_as_estimator": optax.contrib.sophia(
+        0.1, hessian_diagonal_fn=hess_diag_as_estimator(skip_nonfinite=False), update_interval=1
+    ),
+    "scale_by_curvature_trust_region": scale_by_curvature_trust_region(0.1, skip_nonfinite=False),
+    "scale_by_diagonal_newton": scale_by_diagonal_newton(1e-3, skip_nonfinite=False),
+    "scale_by_hesscale": optimizers.scale_by_hesscale(skip_nonfinite=False),
+    "scaled_adahesscale": scaled_adahesscale(0.1, delta=1e-3, skip_nonfinite=False),
+    "scaled_adam": scaled_adam(0.1, delta=1e-3, skip_nonfinite=False),
+}
+
+
+def all_finite(tree):
+    return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))
+
+
+def spoilt(tree, bad):
+    """One entry of one leaf is not finite."""
+    return tree | {"bias": tree["bias"].at[1].set(bad)}
+
+
+@pytest.mark.parametrize(("dtype", "bad"), [(jnp.bfloat16, np.nan), (jnp.float32, np.inf)])
+@pytest.mark.parametrize("at", ["gradient", "diagonal", "both"])
+@every_solver
+def test_apply_if_finite_keeps_parameters_and_state_finite(solver, at, bad, dtype):
+    """Under jit and scan, the second of five steps is bad."""
+    solver, params = optax.apply_if_finite(solver, 3), tree_of(99, dtype)
+    batches = steps(5, dtype)
+    grad, hess_diag = batches[1]
+    grad = spoilt(grad, bad) if at != "diagonal" else grad
+    hess_diag = spoilt(hess_diag, bad) if at != "gradient" else hess_diag
+    batches[1] = grad, hess_diag
+
+    def step(carry, batch):
+        params, state = carry
+        grad, hess_diag = batch
+        updates, state = solver.update(grad, state, params, hess_diag=hess_diag)
+        return (optax.apply_updates(params, updates), state), updates
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    (after, state), updates = jax.lax.scan(step, (params, solver.init(params)), stacked)
+    assert all_finite((after, state, updates))
+    assert np.any(jax.tree.map(lambda u: u[-1], updates)["bias"])
+
+
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"scale_by_curvature_trust_region"}))
+def test_without_the_guard_they_do_not_stay_finite(name):
+    params, (grad, hess_diag) = tree_of(99), steps(1)[0]
+    solver = UNGUARDED[name]
+    updates, state = solver.update(
+        grad, solver.init(params), params, hess_diag=spoilt(hess_diag, np.nan)
+    )
+    assert not all_finite((updates, state))
+
+
+@pytest.mark.parametrize("name", ["adahesscale", "scale_by_hesscale", "scaled_adahesscale"])
+def test_a_diagonal_left_out_is_one_not_refreshed(name):
+    solver, params, batches = SOLVERS[name], tree_of(99), steps(4)
+
+    def last(**at_bad):
+        state = solver.init(params)
+        for t, (grad, hess_diag) in enumerate(batches):
+            bad = at_bad if t in (0, 2) else {}
+            updates, state = solver.update(
+                grad, state, params, **{"hess_diag": hess_diag, "refreshed": True} | bad
+            )
+        return updates, state
+
+    nan = jax.tree.map(lambda h: h * np.nan, batches[0][1])
+    expected = last(refreshed=False)
+    for bad in (nan, spoilt(batches[0][1], np.inf)):
+        assert_close(last(hess_diag=bad), expected)
+        assert_close(last(hess_diag=bad, refreshed=False), expected)
+
+
+@every_solver
+def test_masked_leaves_may_be_anything(solver):
+    params, (grad, hess_diag) = tree_of(99), steps(1)[0]
+    masked = optax.masked(solver, {"dense": True, "bias": False})
+    results = [
+        masked.update(grad, masked.init(params), params, hess_diag=h)
+        for h in (hess_diag, spoilt(hess_diag, np.nan))
+    ]
+    assert_close(*results)
+
+
+# Optax's wrappers
+
+
+def always(step, **extra_args):
+    return jnp.array(True)
+
+
+# Each does what the solver does alone, up to the digits of MultiSteps' float32 weights.
+TRANSPARENT = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "chain of a plateau": lambda tx: optax.chain(tx, optax.contrib.reduce_on_plateau()),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, always),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, always, forward_extra_args=True
+    ),
+    "flatten": optax.flatten,
+    "flatten within a mask": lambda tx: optax.masked(
+        optax.flatten(tx), {"dense": True, "bias": True}
+    ),
+    "flatten around a mask": lambda tx: optax.flatten(optax.masked(tx, True)),
+    "flatten in parts": lambda tx: optax.multi_transform(
+        {"a": optax.flatten(tx), "b": optax.flatten(tx)},
+        {"dense": "a", "bias": "b"},
+        mask_compatible_extra_args=True,
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "MultiSteps of flatten": lambda tx: optax.MultiSteps(optax.flatten(tx), 1),
+    "MultiSteps that skips": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+    "partition": lambda tx: optax.partition({"a": tx, "b": tx}, {"dense": "a", "bias": "b"}),
+    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=False),
+}
+# Sums over all parameters differ where the parameters are taken in parts.
+IN_PARTS = {"flatten in parts", "partition"}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name"),
+    [
+        (wrapper, name)
+        for wrapper in TRANSPARENT
+        for name in ("adahesscale", "diagonal_newton", "hess_diag_as_estimator", "scaled_adam")
+        if not (wrapper in IN_PARTS and name == "scaled_adam")
+    ],
+)
+def test_wrappers_that_hand_the_curvature_on(wrapper, name):
+    batches, params, solver = steps(3), tree_of(99), SOLVERS[name]
+    expected, _ = run(solver, params, batches, value=1.0)
+    received, _ = run(TRANSPARENT[wrapper](solver), params, batches, value=1.0)
+    assert_close(received, expected, rtol=1e-6 if "MultiSteps" in wrapper else 1e-9)
+
+
+@every_solver
+def test_flatten_with_refreshed_bfloat16_and_jit(solver):
+    params = tree_of(0, jnp.bfloat16)
+    flattened = optax.flatten(optax.apply_if_finite(solver, 1))
+    state = flattened.init(params)
+    update = jax.jit(flattened.update)
+    for _, hess_diag in steps(2):
+        updates, state = update(params, state, params, hess_diag=hess_diag)
+    assert_same_avals(updates, params)
+    assert all_finite(state)
+
+
+@every_solver
+def test_flatten_of_one_array(solver):
+    w = tree_of(0)["dense"]["w"]
+    expected, _ = run(solver, w, [(w, w + 1)])
+    received, _ = run(optax.flatten(solver), w, [(w, w + 1)])
+    assert_close(received, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        optax.masked(optax.flatten(adahesscale(0.1)), {"dense": True, "bias": False}),
+        optax.multi_transform(
+            {"a": optax.flatten(adahesscale(0.1)), "b": optax.sgd(0.1)},
+            {"dense": "a", "bias": "b"},
+        ),
+    ],
+    ids=["masked", "multi_transform"],
+)
+def test_a_mask_around_flatten_is_told_what_to_do(wrapped):
+    params = tree_of(0)
+    with pytest.raises(ValueError, match=r"vector of 6 .* has 8.*mask_compatible_extra_args=True"):
+        wrapped.update(params, wrapped.init(params), params, hess_diag=params)
+
+
+def test_lookahead_hands_nothing_on():
+    params = optax.LookaheadParams.init_synced(tree_of(0))
+    wrapped = optax.lookahead(adahesscale(0.1), 5, 0.5)
+    with pytest.raises(TypeError, match=r"some wrapper on the way does not hand"):
+        wrapped.update(tree_of(0), wrapped.init(params), params)

@@ -89,10 +89,13 @@ def test_updates_equal_the_formula(b1, b2, eps, moment, power, root):
     assert state.count == STEPS
 
 
-def test_defaults_are_those_of_the_paper():
+def test_without_eps_the_updates_are_clipped():
     batches = steps()
     received, _ = run(scale_by_hesscale(), tree_of(99), batches)
-    assert_close(received, restated(batches, 0.9, 0.999, 1e-8, np.square, np.sqrt))
+    unclipped = restated(batches, 0.9, 0.999, 0.0, np.square, np.sqrt)
+    assert (np.abs(unclipped["dense"]["w"]) > 1).any()
+    assert (np.abs(unclipped["dense"]["w"]) < 1).any()
+    assert_close(received, jax.tree.map(lambda u: np.clip(u, -1, 1), unclipped))
 
 
 def test_alias_descends_at_the_learning_rate():
@@ -334,7 +337,7 @@ def test_injected_hyperparameters_do_not_widen_the_state():
 )
 def test_square_of_a_half_precision_curvature_is_kept(dtype, curvature):
     g, h = jnp.full(3, 0.5, dtype), jnp.full(3, curvature, dtype)
-    solver = scale_by_hesscale()
+    solver = scale_by_hesscale(eps=1e-8)
     updates, _ = solver.update(g, solver.init(g), hess_diag=h)
     # The rounding of a half-precision result; subnormal in float16 where the curvature is 3e4.
     np.testing.assert_allclose(updates, 0.5 / curvature, rtol=1e-2)
@@ -388,3 +391,82 @@ def test_python_scalars_are_parameters_too():
     updates, state = solver.update({"a": -0.5}, solver.init({"a": 1.0}), hess_diag={"a": 2.0})
     assert_close(updates, {"a": jnp.asarray(-0.25)}, rtol=1e-7)
     assert isinstance(state, ScaleByHesScaleState)
+
+
+# Where there is next to no curvature, or far too much
+
+
+CURVATURES = {
+    "zero": np.zeros((3, 2)),
+    "one zero column": np.array([[0.0, 2.0], [0.0, 3.0], [0.0, 0.5]]),
+    "tiny": np.full((3, 2), 1e-30),
+    "huge": np.full((3, 2), 1e30),
+    "mixed": np.array([[0.0, 1e30], [1e-30, 1.0], [-1e30, -1e-30]]),
+}
+
+
+@pytest.mark.parametrize("moment", ["squared", "abs"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES)
+def test_no_parameter_moves_by_more_than_the_learning_rate(curvature, scale, dtype, moment):
+    solver = adahesscale(0.01, moment=moment)
+    gradient = np.array([[1.0, -0.5], [0.25, 0.0], [3.0, 0.01]])
+    g = {"w": jnp.asarray(scale * gradient, dtype)}
+    h = {"w": jnp.asarray(scale * curvature, jnp.float32)}
+    state = solver.init(g)
+    for _ in range(3):
+        updates, state = solver.update(g, state, g, hess_diag=h)
+        assert np.isfinite(np.asarray(updates["w"], np.float64)).all()
+        # The rounding of bfloat16.
+        assert np.abs(np.asarray(updates["w"], np.float64)).max() <= 0.01 * (1 + 2**-7)
+        assert not np.any(np.sign(updates["w"]) * np.sign(gradient) > 0)
+    assert np.isfinite(state[0].nu["w"]).all()
+
+
+def test_a_leaf_without_curvature_is_trained_and_a_dead_one_stays():
+    g, h = jnp.array([2.0, -1e-6, 0.0, 0.5]), jnp.array([0.0, 0.0, 0.0, 1.0])
+    updates, _ = scale_by_hesscale().update(g, scale_by_hesscale().init(g), hess_diag=h)
+    assert_close(updates, jnp.array([1.0, -1.0, 0.0, 0.5]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_nothing_at_all_stays_finite_when_compiled(dtype):
+    zero = jnp.zeros(4, dtype)
+    solver = adahesscale(0.1)
+    update = jax.jit(lambda p, state: solver.update(p, state, p, hess_diag=p))
+    np.testing.assert_array_equal(update(zero, solver.init(zero))[0], zero)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_curvature_that_appears_late(dtype):
+    solver = adahesscale(0.01)
+    p = jnp.ones(3, dtype)
+    state = solver.init(p)
+    for step in range(100):
+        h = jnp.full(3, 4.0 if step >= 50 else 0.0, jnp.float32)
+        updates, state = solver.update(p, state, p, hess_diag=h)
+        assert np.abs(np.asarray(updates, np.float64)).max() <= 0.01 * (1 + 2**-7)
+    # The average of 16 over half of the steps. Bfloat16 has eight bits, and an average of ones in
+    # it comes to rest at .98.
+    expected = -0.01 / (16 * (1 - 0.999**50) / (1 - 0.999**100)) ** 0.5
+    rtol = 1e-4 if dtype == jnp.float32 else 5e-2
+    np.testing.assert_allclose(np.asarray(updates, np.float64), expected, rtol=rtol)
+
+
+def test_steps_do_not_depend_on_the_scale_of_the_loss():
+    batches = steps()
+    expected, _ = run(adahesscale(0.1), tree_of(99), batches)
+    for scale in (1e-12, 1e12):
+        scaled = jax.tree.map(lambda leaf, c=scale: c * leaf, batches)
+        received, _ = run(adahesscale(0.1), tree_of(99), scaled)
+        assert_close(received, expected)
+
+
+def test_a_square_that_overflows_is_forgotten_in_time():
+    g = jnp.ones(2, jnp.float32)
+    solver = scale_by_hesscale(b2=0.5)
+    state = solver.init(g)
+    for h in [1e30] + 200 * [2.0]:
+        updates, state = solver.update(g, state, hess_diag=jnp.full(2, h, jnp.float32))
+    np.testing.assert_allclose(updates, 0.5, rtol=1e-5)  # float32

@@ -4,7 +4,8 @@ r"""AdaHesScale: Adam with the Hessian's diagonal in place of the gradient in it
 
     m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
     v_t = \beta_2 v_{t-1} + (1 - \beta_2) h_t^2, \qquad
-    u_t = \hat{m}_t / (\sqrt{\hat{v}_t} + \varepsilon)
+    u_t = \mathrm{clip}(\hat{m}_t / \sqrt{\hat{v}_t}, -1, 1) \quad \text{or} \quad
+    \hat{m}_t / (\sqrt{\hat{v}_t} + \varepsilon)
 
 The curvature :math:`h_t` arrives as the extra argument ``hess_diag``, so that any estimate of the
 diagonal can feed it.
@@ -20,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from hesscale_jax.optimizers.hess_diag import (
     accumulator_dtype,
+    bounded_square,
     cast_like,
     keep_unless,
     match,
@@ -30,7 +32,7 @@ Moment = Literal["squared", "abs"]
 
 # The power of the curvature that is averaged, and the root that brings it back to its units.
 _POWER_AND_ROOT: dict[Moment, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "squared": (jnp.square, jnp.sqrt),
+    "squared": (bounded_square, jnp.sqrt),
     "abs": (jnp.abs, lambda v: v),
 }
 
@@ -47,11 +49,11 @@ class ScaleByHesScaleState(NamedTuple):
 def scale_by_hesscale(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = None,
     *,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates by a running average of the Hessian's diagonal.
 
@@ -60,12 +62,14 @@ def scale_by_hesscale(
     Args:
         b1: Decay rate of the average of the updates.
         b2: Decay rate of the average of the curvature.
-        eps: Term added to the denominator, in units of curvature.
+        eps: Term added to the denominator, in units of curvature; or None, to clip the updates to
+            [-1, 1] instead.
         moment: What is averaged of the curvature: its square, whose root divides, or its absolute
             value, which divides as it is.
         mu_dtype: Dtype of the average of the updates; by default that of the parameters.
-        skip_nonfinite: Whether to leave out a ``hess_diag`` with an infinity or NaN anywhere. It
-            costs a look at every entry.
+        skip_nonfinite: Whether to leave out, as a whole, a ``hess_diag`` with an infinity or NaN
+            anywhere, as ``refreshed=False`` would: the step is then taken with the average as it
+            is. ``nu_count`` tells how many have been taken in.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` requires the keyword
@@ -117,7 +121,7 @@ def scale_by_hesscale(
         # Strict dtype promotion refuses the power of an integer.
         mu_hat = optax.tree.bias_correction(mu, b1, count.astype(float))
         nu_hat = optax.tree.bias_correction(nu, b2, nu_count.astype(float))
-        scaled = jax.tree.map(lambda m, v: m / (root(v) + eps), mu_hat, nu_hat)
+        scaled = jax.tree.map(lambda m, v: divided(m, root(v), eps), mu_hat, nu_hat)
         if fresh is not None:
             # Without any curvature the average is 0/0.
             scaled = jax.tree.map(lambda u: jnp.where(nu_count > 0, u, 0), scaled)
@@ -133,15 +137,23 @@ def scale_by_hesscale(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def divided(m: jax.Array, curvature: jax.Array, eps: ArrayLike | None) -> jax.Array:
+    """``m / (curvature + eps)``; without eps ``clip(m / curvature, -1, 1)``, with 0 for 0 / 0."""
+    if eps is not None:
+        return m / (curvature + eps)
+    larger = jnp.maximum(curvature, jnp.abs(m))
+    return m / jnp.where(larger == 0, 1, larger)
+
+
 def adahesscale(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = None,
     *,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool = True,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,19 +169,26 @@ def adahesscale(
           v_t &\leftarrow \beta_2 v_{t-1} + (1 - \beta_2) h_t^2 \\
           \hat{m}_t &\leftarrow m_t / (1 - \beta_1^t) \\
           \hat{v}_t &\leftarrow v_t / (1 - \beta_2^t) \\
-          u_t &\leftarrow -\alpha_t \hat{m}_t / \left(\sqrt{\hat{v}_t} + \varepsilon\right)
+          u_t &\leftarrow -\alpha_t \,\mathrm{clip}\left(
+            \hat{m}_t / \sqrt{\hat{v}_t}, -1, 1\right)
         \end{align*}
 
     With ``moment="abs"``, :math:`h_t^2` becomes :math:`|h_t|` and the root falls away. In both, a
     gradient over a curvature is a length in parameter space: at :math:`\alpha_t = 1` the step is
-    Newton's, and unlike Adam's it is blind to the scale of each parameter.
+    Newton's, and unlike Adam's it is blind to the scale of each parameter. The clip bounds it where
+    the curvature is 0 or next to nothing: no parameter moves by more than :math:`\alpha_t`,
+    whatever the scale of the loss.
+
+    With a number for ``eps`` it is the authors' form, which divides by
+    :math:`\sqrt{\hat{v}_t} + \varepsilon` and does not clip. Theirs is 1e-8: where the curvature is
+    0, a step is then 1e8 times the gradient.
 
     Args:
         learning_rate: A global scaling factor, either fixed or evolving along iterations with a
             scheduler, see :func:`optax.scale_by_learning_rate`.
         b1: Decay rate of the average of the gradients.
         b2: Decay rate of the average of the curvature.
-        eps: Term added to the denominator, in units of curvature.
+        eps: Term added to the denominator, in units of curvature, or None for the clip, see above.
         moment: ``"squared"`` or ``"abs"``, see above.
         mu_dtype: Dtype of the average of the gradients; by default that of the parameters.
         skip_nonfinite: As for :func:`scale_by_hesscale`.
@@ -217,8 +236,8 @@ def adahesscale(
     .. warning::
         :func:`optax.MultiSteps` averages the updates of its micro-batches but hands on only the
         last one's ``hess_diag``: average the two together, before ``update``. And
-        :func:`optax.apply_if_finite` looks at the updates alone: a NaN in ``hess_diag`` passes it,
-        but not ``skip_nonfinite=True``.
+        :func:`optax.apply_if_finite` looks at the updates alone. A NaN in ``hess_diag`` passes it,
+        and is left out here, unless ``skip_nonfinite=False``.
     """
     decay = (
         optax.identity()
@@ -227,7 +246,12 @@ def adahesscale(
     )
     return optax.chain(
         scale_by_hesscale(
-            b1=b1, b2=b2, eps=eps, moment=moment, mu_dtype=mu_dtype, skip_nonfinite=skip_nonfinite
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            moment=moment,
+            mu_dtype=mu_dtype,
+            skip_nonfinite=skip_nonfinite,
         ),
         decay,
         optax.scale_by_learning_rate(learning_rate),

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from hesscale_jax.optimizers.hess_diag import accumulator_dtype, cast_like, match
+from hesscale_jax.optimizers.hess_diag import (
+    accumulator_dtype,
+    cast_like,
+    keep_unless,
+    match,
+    usable,
+)
 
 Negative = Literal["abs", "floor"]
 
@@ -20,7 +26,7 @@ _MADE_POSITIVE: dict[Negative, Callable[..., Any]] = {
 
 
 def scale_by_diagonal_newton(
-    damping: ArrayLike, *, negative: Negative = "abs"
+    damping: ArrayLike, *, negative: Negative = "abs", skip_nonfinite: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Divide updates by the Hessian's diagonal.
 
@@ -30,6 +36,8 @@ def scale_by_diagonal_newton(
       damping: Term added to the denominator, in units of curvature; positive where the curvature
         may be zero.
       negative: What stands for negative curvature: its absolute value, or 0 (``"floor"``).
+      skip_nonfinite: Whether the updates are 0 if there is an infinity or NaN anywhere in
+        ``hess_diag``.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` without state. Its ``update`` requires
@@ -69,13 +77,18 @@ def scale_by_diagonal_newton(
         g = jax.tree.map(lambda u: jnp.asarray(u, accumulator_dtype(u)), updates)
         h = cast_like(matched, g)
         scaled = jax.tree.map(lambda g, h: g / (made_positive(h) + damping), g, h)
+        scaled = keep_unless(usable(h, None, skip_nonfinite), scaled, optax.tree.zeros_like(g))
         return cast_like(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def diagonal_newton(
-    learning_rate: optax.ScalarOrSchedule, damping: ArrayLike, *, negative: Negative = "abs"
+    learning_rate: optax.ScalarOrSchedule,
+    damping: ArrayLike,
+    *,
+    negative: Negative = "abs",
+    skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Newton's method with the Hessian's diagonal alone.
 
@@ -91,6 +104,7 @@ def diagonal_newton(
       learning_rate: A fixed factor or a schedule, see :func:`optax.scale_by_learning_rate`.
       damping: As for :func:`scale_by_diagonal_newton`.
       negative: As for :func:`scale_by_diagonal_newton`.
+      skip_nonfinite: As for :func:`scale_by_diagonal_newton`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`, whose ``update`` requires ``hess_diag``.
@@ -110,6 +124,6 @@ def diagonal_newton(
       Methods, 1988, where curvature is not negative.
     """
     return optax.chain(
-        scale_by_diagonal_newton(damping, negative=negative),
+        scale_by_diagonal_newton(damping, negative=negative, skip_nonfinite=skip_nonfinite),
         optax.scale_by_learning_rate(learning_rate),
     )

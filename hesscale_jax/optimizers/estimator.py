@@ -4,13 +4,17 @@ from typing import Any
 
 import optax
 
-from hesscale_jax.optimizers.hess_diag import cast_like, match
+from hesscale_jax.optimizers.hess_diag import cast_like, keep_unless, match, usable
 
 
-def hess_diag_as_estimator() -> optax.GradientTransformationExtraArgs:
+def hess_diag_as_estimator(*, skip_nonfinite: bool = True) -> optax.GradientTransformationExtraArgs:
     """A ``hessian_diagonal_fn`` for :func:`optax.contrib.sophia` that hands on ``hess_diag``.
 
     Sophia takes it in at every ``update_interval``-th step, and looks at it in no other.
+
+    Args:
+      skip_nonfinite: Whether to hand on zeros in place of a ``hess_diag`` with an infinity or NaN
+        anywhere, which would stay in Sophia's average for good: a zero makes it smaller by ``b2``.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`, whose ``update`` returns ``hess_diag`` in
@@ -50,6 +54,8 @@ def hess_diag_as_estimator() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra_args
-        return cast_like(match(hess_diag, updates, "hess_diag_as_estimator"), updates), state
+        h = cast_like(match(hess_diag, updates, "hess_diag_as_estimator"), updates)
+        h = keep_unless(usable(h, None, skip_nonfinite), h, optax.tree.zeros_like(h))
+        return h, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

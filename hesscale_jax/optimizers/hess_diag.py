@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -20,9 +22,10 @@ def cast_like(tree: optax.Updates, other: optax.Updates) -> optax.Updates:
 
 
 def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> optax.Updates:
-    """Returns `hess_diag` masked where `updates` is; raises if they differ in structure or shape.
+    """Returns `hess_diag` with the structure of `updates`; raises if they differ in it or in shape.
 
-    `optax.masked` and `optax.multi_transform` mask the updates, but hand on extra arguments whole.
+    `optax.masked` and `optax.multi_transform` mask the updates, and `optax.flatten` makes them one
+    vector; all hand on extra arguments as they are.
     """
     if hess_diag is None:
         raise TypeError(
@@ -35,6 +38,8 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
+    if is_vector(updates) and not is_vector(hess_diag):
+        return ravelled(hess_diag, updates)
     try:
         matched = jax.tree.map(
             lambda u, h: u if is_masked(u) else h, updates, hess_diag, is_leaf=is_masked
@@ -56,6 +61,30 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
                 f"hess_diag{at} is {jnp.shape(h)}, updates{at} is {jnp.shape(u)}"
             )
     return matched
+
+
+def is_vector(tree: Any) -> bool:
+    """Whether a tree is one array of one axis, such as `optax.flatten` makes of any."""
+    return jax.tree_util.all_leaves([tree]) and jnp.ndim(tree) == 1
+
+
+def ravelled(hess_diag: optax.Updates, vector: Any) -> jax.Array:
+    """The diagonal as `optax.flatten` lays out the updates; raises if it is longer or shorter."""
+    size = sum(np.size(h) for h in jax.tree.leaves(hess_diag))
+    if size != np.size(vector):
+        raise ValueError(
+            "'hess_diag' has a different structure from 'updates', which are one vector of "
+            f"{np.size(vector)} entries, as inside optax.flatten: hess_diag has {size}. If "
+            "optax.masked or optax.multi_transform is around optax.flatten, pass it "
+            "mask_compatible_extra_args=True, so that hess_diag is masked as the updates are."
+        )
+    return ravel_pytree(hess_diag)[0]
+
+
+def bounded_square(h: jax.Array) -> jax.Array:
+    """The square of a finite number, or one that is finite too where it would overflow."""
+    largest = float(jnp.finfo(h.dtype).max) ** 0.5 / 2
+    return jnp.square(jnp.clip(h, -largest, largest))
 
 
 def keep_unless(fresh: Any, new: optax.Updates, old: optax.Updates) -> optax.Updates:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from hesscale_jax.optimizers.adahesscale import Moment, adahesscale
 from hesscale_jax.optimizers.hess_diag import (
     accumulator_dtype,
+    bounded_square,
     cast_like,
     keep_unless,
     match,
@@ -39,7 +40,7 @@ def scale_by_curvature_trust_region(
     b2: ArrayLike = 0.999,
     max_scale: ArrayLike = 1.0,
     *,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shorten updates, all by one factor, so that the curvature along them stays within bounds.
 
@@ -104,7 +105,8 @@ def scale_by_curvature_trust_region(
         del params, extra_args
         h = cast_like(match(hess_diag, updates, "scale_by_curvature_trust_region"), state.nu)
         fresh = usable(h, refreshed, skip_nonfinite)
-        nu = keep_unless(fresh, optax.tree.update_moment(h, state.nu, b2, 2), state.nu)
+        nu = optax.tree.update_moment(jax.tree.map(bounded_square, h), state.nu, b2, 1)
+        nu = keep_unless(fresh, nu, state.nu)
         wide = cast_like(updates, state.nu)
         terms = jax.tree.leaves(jax.tree.map(lambda v, u: jnp.sum(jnp.sqrt(v) * u * u), nu, wide))
         dtype = state.scale.dtype
@@ -122,13 +124,13 @@ def scaled_adahesscale(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = None,
     *,
     delta: ArrayLike = 1e-8,
     max_scale: ArrayLike = 1.0,
     moment: Moment = "squared",
     mu_dtype: DTypeLike | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool = True,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -190,7 +192,7 @@ def scaled_adam(
     delta: ArrayLike = 1e-8,
     max_scale: ArrayLike = 1.0,
     mu_dtype: DTypeLike | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool = True,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
