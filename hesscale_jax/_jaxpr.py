@@ -242,7 +242,7 @@ def label(eqn: Equation) -> str:
     return f"{eqn.name}[{name}]" if name else eqn.name
 
 
-def literal(atom: core.Literal) -> Any:
+def literal(atom: Any) -> Any:
     """The value of a literal, with a dtype: a ``bool`` of Python has none."""
     return atom.val if hasattr(atom.val, "dtype") else np.asarray(atom.val, atom.aval.dtype)
 
