@@ -49,6 +49,24 @@ CALLS = frozenset({"jit", "remat2", "checkpoint", "call", "closed_call", "eval_j
 # What makes a complex value of its parts.
 WHOLE = frozenset({"complex", "convert_element_type"})
 
+# Linear, entry by entry, in operands that move.
+MOVES_ENTRIES = frozenset({"add", "add_any", "broadcast_in_dim", "convert_element_type", "copy"})
+MOVES_ENTRIES |= {"div", "mul", "neg", "reduce_precision", "select_n", "sub"}
+
+# What a loop's body is made of that is written out where the loop is short.
+ENTRYWISE = MOVES_ENTRIES | {"abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2"}
+ENTRYWISE |= {"atanh", "cbrt", "ceil", "clamp", "cos", "cosh", "custom_jvp_call", "eq", "erf"}
+ENTRYWISE |= {"erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "le"}
+ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "not", "or", "pow"}
+ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
+ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
+
+# The name of a function that has one of another's results begins so, as no name in Python can.
+ONE_RESULT = "result."
+
+# The most equations that a loop is written out to.
+SHORT = 512
+
 # Functions with a derivative rule of their own.
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
@@ -111,6 +129,11 @@ class Equation:
         return self.primitive.name
 
     @functools.cached_property
+    def entrywise(self) -> bool:
+        """Whether it is a ``custom_jvp`` function that acts entry by entry."""
+        return acts_entrywise(self)
+
+    @functools.cached_property
     def bodies(self) -> "tuple[Body, ...]":
         """The programs that it runs: a loop's, each branch's, a function's with its own rule."""
         return tuple(_bodies(self))
@@ -156,6 +179,15 @@ def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
     params = eqn.primitive.get_bind_params(eqn.params | changes)
     results = eqn.primitive.bind(*operands, **params)
     return results[0] if eqn.primitive.multiple_results and len(results) == 1 else results
+
+
+def takes(eqn: Equation, operands: Sequence[Any]) -> bool:
+    """Whether the equation can be applied to these, which are of other dtypes than its own."""
+    other = any(
+        x.dtype != v.value.dtype if isinstance(v, Constant) else x.dtype != v.dtype
+        for x, v in zip(operands, eqn.inputs, strict=True)
+    )
+    return other and "call_jaxpr" not in eqn.params
 
 
 def listed(results: Any, eqn: Equation) -> list[Any]:
@@ -357,15 +389,20 @@ def is_inexact(value: Value) -> bool:
 
 
 def flatten(
-    closed: core.ClosedJaxpr, callers: tuple[core.JaxprEqn, ...] = (), effects: bool = True
+    closed: core.ClosedJaxpr,
+    callers: tuple[core.JaxprEqn, ...] = (),
+    effects: bool = True,
+    apart: bool = True,
 ) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
     The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first. An
-    equation with an effect is kept, unless ``effects`` are not wanted.
+    equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
+    rule of its own that acts entry by entry stands there once for each result, if they are to be
+    taken ``apart``.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    builder = _Builder(inputs)
+    builder = _Builder(inputs, apart)
     outputs = builder.inline(closed, inputs, callers)
     last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
@@ -377,8 +414,9 @@ def flatten(
 class _Builder:
     """Collects equations, one for each distinct computation."""
 
-    def __init__(self, inputs: Sequence[Value]) -> None:
+    def __init__(self, inputs: Sequence[Value], apart: bool) -> None:
         self.equations: list[Equation] = []
+        self._one_result = apart
         self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
@@ -413,6 +451,8 @@ class _Builder:
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), _region(eqn, region)
                 results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
+            elif eqn.primitive.name == "scan" and _is_short(eqn):
+                results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
@@ -425,8 +465,26 @@ class _Builder:
                     params, inputs = self._without_transposes(params, inputs)
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
+                if self._one_result and len(results) > 1 and acts_entrywise(self.equations[-1]):
+                    alone = trace(_one_by_one(eqn), *(v.aval for v in eqn.invars))
+                    each = iter(self.inline(alone, inputs, callers, region))
+                    results = tuple(next(each) if is_inexact(v) else v for v in results)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _written_out(
+        self, eqn: Any, inputs: tuple[Any, ...], callers: Any, region: Region | None, in_parts: bool
+    ) -> list[Any]:
+        """The steps of a loop, one after the other: a block may cross them."""
+        consts, carry, xs = ([inputs[i] for i in group] for group in scan_groups(eqn))
+        avals = [eqn.invars[i].aval for i in scan_groups(eqn)[2]]
+        times = range(eqn.params["length"])
+        for t in reversed(times) if eqn.params["reverse"] else times:
+            part = trace(lambda *xs, t=t: [lax.index_in_dim(x, t, 0, False) for x in xs], *avals)
+            here = self.inline(part, xs, callers, region)
+            step = _closed(eqn.params["jaxpr"]), [*consts, *carry, *here]
+            carry = self.inline(*step, callers, region, in_parts=in_parts)
+        return carry
 
     def _append(
         self,
@@ -693,7 +751,9 @@ def body(jaxpr: Any, eqn: Equation) -> Body:
     What a function with its own derivative computes is run for its curvature besides that
     derivative: without effects.
     """
-    program = flatten(_closed(jaxpr), eqn.sources, effects=eqn.name not in CUSTOM)
+    custom = eqn.name in CUSTOM
+    apart = not (custom and _name(eqn).startswith(ONE_RESULT))
+    program = flatten(_closed(jaxpr), eqn.sources, effects=not custom, apart=apart)
     return Body(program, range(len(program.inputs)))
 
 
@@ -731,13 +791,14 @@ def transform(eqn: Equation) -> tuple[Any, tuple[int, ...]]:
     return fft.params["fft_type"], fft.params["fft_lengths"]
 
 
-def scan_groups(eqn: Equation) -> tuple[range, range, range]:
+def scan_groups(eqn: Any) -> tuple[range, range, range]:
     """The positions of a ``scan``'s operands: constants, carry, and what is scanned over."""
     if "ft_in" in eqn.params:
         consts, carry, _ = (len(group) for group in eqn.params["ft_in"].unpack())
     else:
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    bounds = (0, consts, consts + carry, len(eqn.inputs))
+    count = len(eqn.inputs if isinstance(eqn, Equation) else eqn.invars)
+    bounds = (0, consts, consts + carry, count)
     groups = (range(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False))
     return next(groups), next(groups), next(groups)
 
@@ -827,6 +888,119 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
 
     definition.__name__ = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
     return definition, rule
+
+
+def _is_short(eqn: Any) -> bool:
+    """Whether a loop acts entry by entry on what it carries, in few equations over all steps."""
+    results = len(eqn.outvars) == len(scan_groups(eqn)[1])
+    count = _count_entrywise(_closed(eqn.params["jaxpr"]))
+    return results and not eqn.effects and count * eqn.params["length"] <= SHORT
+
+
+def _count_entrywise(closed: core.ClosedJaxpr) -> float:
+    """The number of equations, infinite if one does not act entry by entry."""
+    return sum(
+        _count_entrywise(called(eqn))
+        if eqn.primitive.name in CALLS
+        else 1
+        if eqn.primitive.name in ENTRYWISE
+        else math.inf
+        for eqn in closed.jaxpr.eqns
+    )
+
+
+# A function with a derivative rule of its own may act entry by entry, whatever it is made of
+
+
+def acts_entrywise(eqn: Equation) -> bool:
+    """Whether each entry of the results depends on the operands' entries at its position alone.
+
+    That is asked of a ``custom_jvp`` function's rule: whether tangents pass through it so.
+    """
+    if eqn.name != "custom_jvp_call" or not all(is_inexact(v) for v in eqn.outputs[:1]):
+        return False
+    shape = eqn.outputs[0].shape
+    values = [v for v in eqn.inputs if isinstance(v, Value)]
+    if any(not _broadcasts(v.shape, shape) for v in values):
+        return False
+    if any(v.shape != shape for v in eqn.outputs):
+        return False
+    program = flatten(_with_derivative(eqn), apart=False)
+    return shape == () or _pass_entrywise(program, set(program.inputs[len(values) :]), shape)
+
+
+def _pass_entrywise(program: Program, moving: set[Any], shape: tuple[int, ...]) -> bool:
+    """Whether what moves passes through a program entry by entry.
+
+    What it moves is added to ``moving``.
+    """
+    for eqn in program.equations:
+        positions = [i for i, v in enumerate(eqn.inputs) if v in moving]
+        if not positions:
+            continue
+        if eqn.name in ("scan", "while", "cond"):
+            if not _loop_passes_entrywise(eqn, moving, shape):
+                return False
+            continue
+        if eqn.name not in MOVES_ENTRIES or (eqn.name == "div" and positions != [0]):
+            return False
+        if eqn.name == "broadcast_in_dim":
+            rank = len(eqn.inputs[0].shape)
+            if eqn.params["broadcast_dimensions"] != tuple(range(rank)):
+                return False
+        if not all(_broadcasts(v.shape, shape) for v in eqn.outputs):
+            return False
+        moving.update(eqn.outputs)
+    return True
+
+
+def _loop_passes_entrywise(eqn: Equation, moving: set[Any], shape: tuple[int, ...]) -> bool:
+    if eqn.name == "scan":
+        _, carry, xs = scan_groups(eqn)
+        if any(eqn.inputs[i] in moving for i in xs):
+            return False
+    for body in eqn.bodies:
+        inputs, outputs = body.program.inputs, body.program.outputs
+        inside = {v for v, i in zip(inputs, body.inputs, strict=True) if eqn.inputs[i] in moving}
+        while True:
+            reached = set(inside)
+            if not _pass_entrywise(body.program, reached, shape):
+                return False
+            more = {inputs[j] for i, j in body.carry.items() if outputs[i] in reached}
+            if more <= inside:
+                break
+            inside |= more
+        found = [i for i, v in enumerate(outputs) if v in reached]
+        if eqn.name == "scan" and any(i >= len(carry) for i in found):
+            return False
+        moving.update(eqn.outputs[i] for i in found)
+    return True
+
+
+def _broadcasts(operand: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an operand has an entry for each of the result's, at size 1 the same for several."""
+    return operand == () or (
+        len(operand) == len(shape) and all(n in (1, m) for n, m in zip(operand, shape, strict=True))
+    )
+
+
+def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
+    """A function with a ``jvp`` rule of its own and several results, as a function for each.
+
+    Integer results are left out.
+    """
+
+    def single(k: int) -> Any:
+        def result(*operands: Any) -> Any:
+            return bind(eqn, *operands)[k]
+
+        result.__name__ = f"{ONE_RESULT}{_name(eqn)}.{k}"
+        function = jax.custom_jvp(result)
+        function.defjvp(lambda primals, tangents: jax.jvp(result, primals, tangents))
+        return function
+
+    inexact = [k for k, v in enumerate(eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    return lambda *operands: [single(k)(*operands) for k in inexact]
 
 
 # A dot product row by row is a multiplication and a sum in disguise

@@ -40,7 +40,7 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Value, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
-from hesscale_jax.rules.derivatives import Coefficient, Pointwise
+from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import Reduction, jvp, push
 
@@ -125,12 +125,17 @@ class BlockArithmetic:
         else:
             y = _jaxpr.bind(eqn, *primals)
         slopes, curvatures = rule.derivatives(eqn, y, primals, active)
-        slopes = {i: _plain(slope) for i, slope in slopes.items()}
         if not rule.own_jvp:
-            shift = total(*(times(slopes.get(i), shifts[i]) for i in active))
+            shift = total(*(scaled(_plain(slopes.get(i)), shifts[i]) for i in active))
+        wide = list(map(widened, primals))
+        if _varies(slopes, curvatures) and _jaxpr.takes(eqn, wide):
+            # The gradient's slopes are those of jax.grad, the block's do not saturate.
+            slopes, curvatures = rule.derivatives(eqn, _jaxpr.bind(eqn, *wide), wide, active)
 
         spans = self._block.spans[value]
-        entered = {i: self._enter(slope, spans) for i, slope in slopes.items()}
+        entered = {i: self._enter(_plain(c), spans) for i, c in slopes.items()}
+        if rule.cuts:
+            entered = {i: _cut(slope) for i, slope in entered.items()}
         bent = {}
         if curved:
             bent = {pair: self._enter(_plain(c), spans) for pair, c in curvatures.items()}
@@ -166,7 +171,7 @@ class BlockArithmetic:
         v = self._derived[value]
         root = v.root
         own = self._local_cov(root, root) if isinstance(root, Local) else self._cov(root, root)
-        return self._leave(times(v.slope, times(v.slope, own)), value)
+        return self._leave(scaled(v.slope, scaled(v.slope, own)), value)
 
     # Handing a block over from one trace to another
 
@@ -179,8 +184,11 @@ class BlockArithmetic:
         """Where the arrays are that the value's covariances are computed from: ``holder[key]``."""
         derived = self._derived[value]
         for holder, key in ((vars(derived), "slope"), *_held(derived.root)):
-            if isinstance(holder[key], jax.Array):
-                yield holder, key
+            x = holder[key]
+            arrays = (
+                ((vars(x), name) for name in vars(x)) if isinstance(x, Cut) else [(holder, key)]
+            )
+            yield from ((h, k) for h, k in arrays if isinstance(h[k], jax.Array))
             if key in self._spreads:
                 yield self._spreads, key
 
@@ -232,7 +240,7 @@ class BlockArithmetic:
             pair = pair[::-1] if pair[::-1] in by_roots else pair
             both = curvature if i == j else times(2.0, curvature)
             by_roots[pair] = plus(by_roots.get(pair), times(both, times(a.slope, b.slope)))
-        terms = [times(q, self._cov(*pair)) for pair, q in by_roots.items()]
+        terms = [scaled(q, self._cov(*pair)) for pair, q in by_roots.items()]
         return _as(self._leave(total(*terms), value), value)
 
     def _sum_of(self, root: Root, c: Coefficient) -> Sum:
@@ -259,7 +267,7 @@ class BlockArithmetic:
         if isinstance(a, Mixed):
             return self._mixed_cov(a, b)
         if isinstance(a, Sum):
-            terms = (times(w, self._cov(x, b)) for x, w in a.of_local.items())
+            terms = (scaled(w, self._cov(x, b)) for x, w in a.of_local.items())
             if isinstance(b, Sum):
                 # Each term by itself: one of repeated sources is not there at every position.
                 terms = (self._sum(x, self._reduced) for x in terms)
@@ -274,7 +282,7 @@ class BlockArithmetic:
         """``c(a, b)``, computed once as well."""
         if (a, b) not in self._local_covariances:
             terms = (
-                times(d, times(b.of_source[source], self._spreads.get(source)))
+                scaled(d, scaled(b.of_source[source], self._spreads.get(source)))
                 for source, d in a.of_source.items()
                 if source in b.of_source
             )
@@ -284,11 +292,11 @@ class BlockArithmetic:
     def _mixed_cov(self, a: Mixed, b: Root | Sum) -> Any:
         """``sum_l a_l cov(l, b)`` over the parts of ``a``."""
         if a is not b:
-            return total(*(times(d, self._cov(x, b)) for x, d in a.parts.items()))
-        squares = (times(d, times(d, self._cov(x, x))) for x, d in a.parts.items())
+            return total(*(scaled(d, self._cov(x, b)) for x, d in a.parts.items()))
+        squares = (scaled(d, scaled(d, self._cov(x, x))) for x, d in a.parts.items())
         pairs = itertools.combinations(a.parts.items(), 2)
-        mixed = (times(d, times(e, self._cov(x, y))) for (x, d), (y, e) in pairs)
-        return total(*squares, times(2.0, total(*mixed)))
+        mixed = (scaled(d, scaled(e, self._cov(x, y))) for (x, d), (y, e) in pairs)
+        return total(*squares, scaled(2.0, total(*mixed)))
 
     # Between the shape of a value and the block's frame
 
@@ -296,6 +304,9 @@ class BlockArithmetic:
         """A coefficient that broadcasts to a value at ``spans``, in the frame."""
         if isinstance(coefficient, float):
             return coefficient
+        if isinstance(coefficient, Cut):
+            parts = (self._enter(x, spans) for x in (coefficient.where, coefficient.number))
+            return Cut(*parts)
         if coefficient.dtype != jnp.bool_ and coefficient.dtype != self._dtype:
             coefficient = lax.convert_element_type(coefficient, self._dtype)
         if jnp.ndim(coefficient) == 0:
@@ -319,6 +330,7 @@ class BlockArithmetic:
         """
         if x is None or not axes:
             return x
+        x = _number(x)
         present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
@@ -380,28 +392,56 @@ def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return x if x.shape == shape else lax.reshape(x, shape)
 
 
-# Coefficients: None is zero, 1.0 is one, a Boolean array is a choice
+# Coefficients: None is zero, 1.0 is one
+
+
+@dataclasses.dataclass(eq=False)
+class Cut:
+    """A coefficient of a path that is cut at some positions, as by a choice or by a relu.
+
+    There it is zero whatever it is multiplied by, infinities and NaN among it.
+
+    Attributes:
+      where: Where the path is open, a Boolean array.
+      number: The coefficient there, a float or an array that is 0 elsewhere.
+    """
+
+    where: Any
+    number: Any = 1.0
 
 
 def times(a: Coefficient, b: Coefficient) -> Coefficient:
-    """The product. Where a Boolean coefficient is false it is zero, whatever the other factor."""
+    """The product of two coefficients, cut where one of them is."""
     if a is None or b is None:
         return None
-    factors = (a, b), (b, a)
-    for factor, other in factors:
+    for factor, other in ((a, b), (b, a)):
         if isinstance(factor, float) and factor == 1.0:
             return other
-    for factor, other in factors:
-        if _is_choice(factor):
-            return _choose(factor, other)
-    return _jaxpr.multiply(a, b)
+    if not (isinstance(a, Cut) or isinstance(b, Cut)):
+        return _jaxpr.multiply(a, b)
+    open_at = [x.where for x in (a, b) if isinstance(x, Cut)]
+    where = functools.reduce(jnp.logical_and, open_at)
+    number = times(*(x.number if isinstance(x, Cut) else x for x in (a, b)))
+    return Cut(where, number if isinstance(number, float) else jnp.where(where, number, 0.0))
+
+
+def scaled(coefficient: Coefficient, x: Any) -> Any:
+    """A coefficient times what is linear in shifts or spreads."""
+    if coefficient is None or x is None:
+        return None
+    if isinstance(coefficient, Cut):
+        return jnp.where(coefficient.where, times(coefficient.number, x), 0.0)
+    return times(coefficient, x)
 
 
 def plus(a: Coefficient, b: Coefficient) -> Coefficient:
-    """The sum."""
+    """The sum, cut where both are."""
     if a is None or b is None:
         return b if a is None else a
-    return _jaxpr.add(_number(a), _number(b))
+    number = _jaxpr.add(_number(a), _number(b))
+    if isinstance(a, Cut) and isinstance(b, Cut):
+        return Cut(jnp.logical_or(a.where, b.where), number)
+    return number
 
 
 def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:
@@ -410,20 +450,29 @@ def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coef
         to[key] = plus(to.get(key), times(factor, term))
 
 
-def _plain(x: Coefficient) -> Coefficient:
-    """A constant as a Python float, which has no dtype of its own."""
+def _plain(x: Any) -> Coefficient:
+    """What a rule gives as a coefficient: a constant as a float, which has no dtype of its own."""
+    if x is None or isinstance(x, float):
+        return x
+    if jnp.result_type(x) == jnp.bool_:
+        return Cut(x)
     return x if isinstance(x, jax.Array) or np.ndim(x) else float(x)
 
 
-def _is_choice(x: Coefficient) -> bool:
-    return not isinstance(x, float) and x.dtype == jnp.bool_
+def _cut(slope: Coefficient) -> Coefficient:
+    """A slope with the path cut where it is 0."""
+    return slope if isinstance(slope, float | Cut) else Cut(slope != 0, slope)
 
 
-def _choose(choice: Any, x: Coefficient) -> Coefficient:
-    if not isinstance(x, float) and _is_choice(x):
-        return jnp.logical_and(choice, x)
-    return jnp.where(choice, x, 0.0)
+def _varies(*derivatives: dict[Any, Any]) -> bool:
+    """Whether a derivative is not the same, nor 0 or 1, at every position."""
+    return any(
+        not isinstance(_plain(c), float | Cut) for each in derivatives for c in each.values()
+    )
 
 
 def _number(x: Coefficient) -> Coefficient:
-    return _choose(x, 1.0) if _is_choice(x) else x
+    """A coefficient without its cut."""
+    if isinstance(x, Cut):
+        return jnp.where(x.where, x.number, 0.0) if isinstance(x.number, float) else x.number
+    return x

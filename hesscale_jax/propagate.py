@@ -265,6 +265,11 @@ class Recursion:
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         return _Walk(program, operands, steps, walk.rules, head, True).run()
 
+    def through(self, program: Program, operands: Sequence[Moments]) -> list[Moments]:
+        """Push moments through any program, all of whose outputs' spreads are asked for."""
+        steps = plan(program, _moving(program, operands), program.outputs, self._find)
+        return _Walk(program, operands, steps, self._walk.rules, None, True).run()
+
     @property
     def policy(self) -> "KeepsCostly":
         """A policy of ``jax.checkpoint``: keep what takes more than a pass over its entries."""

@@ -20,7 +20,7 @@ from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules.calls import call, linear_call, vectorised
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
 from hesscale_jax.rules.cumulative import cumlogsumexp
-from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_rule, defined_by
+from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_vjp, defined_by, own_jacobian
 from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
 from hesscale_jax.rules.fourier import fourier
@@ -59,6 +59,7 @@ __all__ = [
     "matrix_function",
     "multilinear",
     "nested",
+    "own_jacobian",
     "product",
     "sampled",
     "selection",
@@ -157,7 +158,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "reduce_scatter": selection,
         # Calls, and functions with a derivative rule of their own
         **dict.fromkeys(("custom_partitioning", "custom_vmap_call", "xla_metadata_call"), call),
-        "custom_vjp_call": custom_rule,
+        "custom_vjp_call": custom_vjp,
         "linear_call": linear_call,
         # Equinox
         **dict.fromkeys(("announce_jaxpr", "maybe_set", "select_if_vmap"), selection),

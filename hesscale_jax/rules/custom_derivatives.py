@@ -3,16 +3,29 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value
-from hesscale_jax.errors import UnsupportedPrimitiveError
-from hesscale_jax.moments import Moments
-from hesscale_jax.rules.derivatives import Pointwise, nested
-from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import PiecewiseConstant, jvp
-from hesscale_jax.rules.table import ByEquation, Find
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-__all__ = ["custom_jvp", "custom_rule", "defined_by"]
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Equation, Program, Value
+from hesscale_jax.errors import UnsupportedPrimitiveError, WhileLoopError
+from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.rules.dense_jacobian import matrix_function
+from hesscale_jax.rules.derivatives import nested
+from hesscale_jax.rules.multilinear import total
+from hesscale_jax.rules.selection import PiecewiseConstant, jvp, push
+from hesscale_jax.rules.table import ByEquation, Find, Unsupported
+
+__all__ = ["custom_jvp", "custom_rule", "custom_vjp", "defined_by", "own_jacobian"]
+
+# Where a value chooses between others, or picks some of them by their indices.
+CHOICES = frozenset({"cond", "dynamic_slice", "dynamic_update_slice", "gather", "select_n"})
+CHOICES |= {"scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"}
+
+# How many random signs an estimate is averaged over.
+SIGNS = 4
 
 Rule = Callable[[Equation, Sequence[Moments], Any], list[Moments]]
 
@@ -71,33 +84,133 @@ def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -
     ]
 
 
+def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+    """``dy = J dx, vy = (J*J) vx`` with the Jacobian of the function's own rule, taken as linear.
+
+    It is for a ``custom_vjp`` function whose body has no derivative: rounding, a sign, an iteration
+    until convergence. The squares are those of the rule's backward program, pushed through its
+    equations; if it holds a loop of unknown length, their estimate ``vy = z * J(J^T z * vx)``,
+    averaged over random signs ``z``, without bias.
+    """
+    primals = [x.primal for x in operands]
+    results, shifts = jvp(eqn, primals, [x.shift for x in operands])
+    moving = [i for i, x in enumerate(operands) if x.spread is not None]
+    wanted = [k for k, asked in enumerate(recurse.wanted) if asked]
+    spreads: list[Any] = [None] * len(results)
+    if moving and wanted:
+        along = _jaxpr.along(eqn, primals, moving)
+        ys, back = jax.vjp(
+            lambda *xs: [_jaxpr.listed(along(*xs), eqn)[k] for k in wanted],
+            *(primals[i] for i in moving),
+        )
+        into = [operands[i].spread for i in moving]
+        try:
+            found = _squares(eqn, recurse, back, ys, into)
+        except WhileLoopError:
+            found = _signed_squares(eqn, primals, back, ys, dict(zip(moving, into, strict=True)))
+            found = [found[k] for k in wanted]
+        for k, spread in zip(wanted, found, strict=True):
+            spreads[k] = spread
+    return list(map(Moments, results, shifts, spreads))
+
+
+def _squares(eqn: Equation, recurse: Any, back: Any, ys: Sequence[Any], into: Any) -> list[Any]:
+    """``(J*J) v``: the transpose of the push of spreads through the backward program."""
+    closed = _jaxpr.trace(lambda *g: back(list(g)), *ys)
+    body = _jaxpr.body(closed, eqn)
+
+    def pushed(*h: Any) -> list[Any]:
+        found = recurse.through(
+            body.program, [Moments(y, None, h) for y, h in zip(ys, h, strict=True)]
+        )
+        return [
+            jnp.zeros_like(v) if x.spread is None else lax.convert_element_type(x.spread, v.dtype)
+            for x, v in zip(found, into, strict=True)
+        ]
+
+    wide = [jnp.zeros(y.shape, spread_dtype(y.dtype)) for y in ys]
+    return list(jax.linear_transpose(pushed, *wide)(list(into)))
+
+
+def _signed_squares(
+    eqn: Equation, primals: Sequence[Any], back: Any, ys: Sequence[Any], into: dict[int, Any]
+) -> list[Any]:
+    """``z * J(J^T z * v)``, averaged over signs ``z``."""
+    generator = np.random.default_rng(0)
+    found: list[Any] = [None] * len(eqn.outputs)
+    for _ in range(SIGNS):
+        z = [jnp.asarray(generator.choice([-1.0, 1.0], y.shape), y.dtype) for y in ys]
+        tangents: list[Any] = [None] * len(primals)
+        for i, u in zip(into, back(z), strict=True):
+            tangents[i] = u * lax.convert_element_type(into[i], u.dtype)
+        pushed = push(eqn, primals, tangents)
+        for k, (sign, dy) in enumerate(zip(z, pushed, strict=True)):
+            wide = lax.convert_element_type(sign * dy / SIGNS, spread_dtype(dy.dtype))
+            found[k] = total(found[k], wide)
+    return found
+
+
 def _custom_jvp(eqn: Equation, find: Find) -> Any:
-    """An activation acts entry by entry: its slope and curvature are those its rule gives."""
-    return nested if _is_pointwise(eqn, find) else custom_rule
+    """An activation acts entry by entry: its slope and curvature are those its rule gives.
+
+    Of another function without derivatives in its body, they are the rule's as well.
+    """
+    if eqn.entrywise:
+        return nested
+    if _loses_derivatives(eqn, find) or _lacks_a_rule(eqn, find):
+        return of_any_function.choose(eqn, find)
+    return custom_rule
 
 
-def _is_pointwise(eqn: Equation, find: Find) -> bool:
-    """Whether the result has, at each position, what the operands have there."""
-    if len(eqn.outputs) != 1:
-        return False
-    shape = eqn.outputs[0].shape
-    (body,) = eqn.bodies
-    moving = set(body.program.inputs)
-    for inner in body.program.equations:
-        if moving.isdisjoint(inner.inputs):
-            continue
-        from_scalars = all(not v.shape for v in inner.inputs)
-        if not (isinstance(find(inner), Pointwise | PiecewiseConstant) or from_scalars):
-            return False
-        moving.update(inner.outputs)
-    return all(_broadcasts(v.shape, shape) for v in eqn.inputs if isinstance(v, Value))
-
-
-def _broadcasts(operand: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether an operand has an entry for each of the result's, at size 1 the same for several."""
-    return operand == () or (
-        len(operand) == len(shape) and all(n in (1, m) for n, m in zip(operand, shape, strict=True))
+def _lacks_a_rule(eqn: Equation, find: Find) -> bool:
+    return any(
+        isinstance(find(e), Unsupported) for body in eqn.bodies for e in body.program.equations
     )
 
 
+def _custom_vjp(eqn: Equation, find: Find) -> Any:
+    """The curvature is that of the body, if it has the derivatives for it."""
+    return own_jacobian if _loses_derivatives(eqn, find) else custom_rule
+
+
+def _loses_derivatives(eqn: Equation, find: Find) -> bool:
+    """Whether a body depends on its operands in a way that has no derivative."""
+    moving = [isinstance(v, Value) and _jaxpr.is_inexact(v) for v in eqn.inputs]
+    return any(_loses(body.program, moving, find) for body in eqn.bodies)
+
+
+def _loses(program: Program, moving: Sequence[bool], find: Find) -> bool:
+    """Whether an output depends on what moves by way of a rounding, a comparison or a ``while``.
+
+    What only chooses between values, or picks some by their indices, does not count.
+    """
+    reached = {v for v, moves in zip(program.inputs, moving, strict=True) if moves}
+    lost: set[Any] = set()
+    for eqn in program.equations:
+        read = [v for v in eqn.inputs if isinstance(v, Value)]
+        if eqn.name in CHOICES:
+            read = [v for v in read if _jaxpr.is_inexact(v)]
+        if eqn.name == "stop_gradient":
+            continue
+        if not lost.isdisjoint(read):
+            lost.update(eqn.outputs)
+        if reached.isdisjoint(read):
+            continue
+        if eqn.name == "while":
+            return True
+        rule = find(eqn)
+        inner = () if eqn.name in _jaxpr.CUSTOM else eqn.bodies
+        if isinstance(rule, PiecewiseConstant) or any(
+            _loses(body.program, [_jaxpr.is_inexact(v) for v in body.program.inputs], find)
+            for body in inner
+        ):
+            lost.update(eqn.outputs)
+            continue
+        reached.update(v for v in eqn.outputs if _jaxpr.is_inexact(v))
+        lost.update(v for v in eqn.outputs if not _jaxpr.is_inexact(v))
+    return any(v in lost for v in program.outputs if isinstance(v, Value) and _jaxpr.is_inexact(v))
+
+
+custom_vjp = ByEquation(_custom_vjp)
 custom_jvp = ByEquation(_custom_jvp)
+of_any_function = matrix_function()

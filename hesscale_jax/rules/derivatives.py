@@ -3,8 +3,8 @@
 For ``y = phi(a, b, ...)`` a block needs the slopes ``phi_a`` and the curvatures ``phi_ab``. The
 common primitives have closed forms; the rest are differentiated by nested ``jax.jvp``. A derivative
 that is zero everywhere is left out, and one that is the same everywhere is a Python float, so that
-nothing is computed for either. Slopes are in the operands' dtype, as ``jax.grad``'s are; curvatures
-are in the dtype of spreads, because squares leave half precision.
+nothing is computed for either. They are in the operands' dtype: that of the gradient, as
+``jax.grad``'s are, or that of spreads, because squares leave half precision.
 """
 
 import dataclasses
@@ -38,11 +38,14 @@ class Pointwise:
       affine: Whether ``y`` is affine in the operands at the given positions together.
       own_jvp: Whether the shift is taken with the primitive's own ``jvp`` rather than with the
         slopes. The former keeps JAX's conventions at kinks where there is no closed form.
+      cuts: Whether a slope of 0 stands for a choice, as that of a relu does: it discards whatever
+        it is multiplied by, infinities among it.
     """
 
     derivatives: Callable[[Equation, Any, Sequence[Any], Sequence[int]], tuple[Slopes, Curvatures]]
     affine: Callable[[Sequence[int]], bool] = lambda positions: False
     own_jvp: bool = False
+    cuts: bool = False
 
 
 def widened(x: Any) -> Any:
@@ -58,11 +61,7 @@ def unary(derivatives: Callable[[Any, Any], tuple[Coefficient, Coefficient]]) ->
 
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         first, second = derivatives(operands[0], y)
-        if second is None:
-            return {0: first}, {}
-        if widened(y) is not y:
-            _, second = derivatives(widened(operands[0]), widened(y))
-        return {0: first}, {(0, 0): second}
+        return {0: first}, {} if second is None else {(0, 0): second}
 
     return Pointwise(closed)
 
@@ -76,7 +75,7 @@ def binary(
 
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         slopes = first(*operands, y)
-        curvatures = second(*map(widened, operands), widened(y))
+        curvatures = second(*operands, y)
         return (
             {i: slopes[i] for i in positions},
             {(i, j): c for (i, j), c in curvatures.items() if i in positions and j in positions},
@@ -110,7 +109,7 @@ def _integer_pow(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequ
     slope = 0.0 if n == 0 else n * lax.integer_pow(x, n - 1)
     if n in (0, 1):
         return {0: slope}, {}
-    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(widened(x), n - 2)}
+    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(x, n - 2)}
 
 
 def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
@@ -118,14 +117,9 @@ def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[
     fun = _jaxpr.along(eqn, operands, positions)
     pairs = [(i, j) for i in range(len(positions)) for j in range(i, len(positions))]
 
-    wide = _jaxpr.along(eqn, [widened(x) for x in operands], positions)
-    if "call_jaxpr" in eqn.params:  # of fixed dtypes
-        wide = fun
-
     def derivatives(*xs: Any) -> Any:
         first = [_partial(fun, i)(*xs) for i in range(len(xs))]
-        ws = xs if wide is fun else tuple(map(widened, xs))
-        return [*first, *(_partial(_partial(wide, i), j)(*ws) for i, j in pairs)]
+        return [*first, *(_partial(_partial(fun, i), j)(*xs) for i, j in pairs)]
 
     xs = [operands[i] for i in positions]
     traced, found = _jaxpr.pure(derivatives, *xs)
@@ -171,7 +165,7 @@ def _division(a: Any, b: Any, y: Any) -> Curvatures:
     return {(0, 1): -1 / (b * b), (1, 1): 2 * y / (b * b)}
 
 
-nested = Pointwise(_nested, own_jvp=True)
+nested = Pointwise(_nested, own_jvp=True, cuts=True)
 select = Pointwise(_select, affine=lambda positions: True)
 clamp = Pointwise(_clamp)
 integer_pow = Pointwise(_integer_pow)
@@ -191,4 +185,4 @@ erf = unary(_erf)
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
 div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
-extremum = binary(lambda a, b, y: (share(a, b, y), share(b, a, y)))
+extremum = dataclasses.replace(binary(lambda a, b, y: (share(a, b, y), share(b, a, y))), cuts=True)
