@@ -307,3 +307,14 @@ def test_names_that_the_library_matches():
     named = trace(lambda x: jax.ad_checkpoint.checkpoint_name(x, "model_output"), 1.0).jaxpr.eqns
     assert [(e.primitive.name, e.params["name"]) for e in named] == [("name", "model_output")]
     assert isinstance(trace(jnp.sin, 1.0), core.ClosedJaxpr)
+
+
+def test_a_linear_solve_has_its_operator_first_and_its_right_hand_sides_last():
+    matrix = jnp.eye(3)
+    solve = jax.make_jaxpr(jnp.linalg.solve)(matrix, jnp.ones(3))
+    program = _jaxpr.flatten(solve)
+    (eqn,) = (eqn for eqn in program.equations if eqn.name == "custom_linear_solve")
+    assert eqn.params["const_lengths"].matvec == 1
+    assert eqn.inputs[0] is program.inputs[0]
+    assert eqn.inputs[-1] is program.inputs[1]
+    assert len(eqn.params["jaxprs"].matvec.jaxpr.invars) == 2
