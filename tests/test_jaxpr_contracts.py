@@ -383,3 +383,14 @@ def test_the_transform_within_a_function_of_parts():
     (eqn,) = flatten(trace(lambda x: jnp.fft.rfft2(x).real, normal(3, 4))).equations
     assert _jaxpr.transform(eqn) == (lax.FftType.RFFT, (3, 4))
     assert eqn.bodies == ()
+
+
+def test_a_linear_solve_has_its_operator_first_and_its_right_hand_sides_last():
+    matrix = jnp.eye(3)
+    solve = jax.make_jaxpr(jnp.linalg.solve)(matrix, jnp.ones(3))
+    program = _jaxpr.flatten(solve)
+    (eqn,) = (eqn for eqn in program.equations if eqn.name == "custom_linear_solve")
+    assert eqn.params["const_lengths"].matvec == 1
+    assert eqn.inputs[0] is program.inputs[0]
+    assert eqn.inputs[-1] is program.inputs[1]
+    assert len(eqn.params["jaxprs"].matvec.jaxpr.invars) == 2
