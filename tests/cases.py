@@ -686,9 +686,65 @@ COMPLEX: dict[str, Case] = FOURIER | {
     "complex to real": (lambda x, w: lax.convert_element_type(lax.complex(x, w), complex).real, x, w),
 }  # fmt: skip
 
+one, none = normal(1, 1), normal(0, 3)
+
+# Operands of rank 0, of size 1 and without entries. The pointwise ones are tested by themselves.
+SMALL: dict[str, Case] = {
+    "broadcast_in_dim of rank 0": (lambda t: jnp.broadcast_to(t * t, (2, 3)), normal()),
+    "concatenate with nothing": (lambda x, n: jnp.concatenate([x * x, n]), normal(2, 3), none),
+    "concatenate of size 1": (lambda x, y: jnp.concatenate([x, y]) ** 2, normal(1), normal(1, seed=1)),
+    "conv of size 1": (lambda x, k: convolved(x, k, (1, 1), "VALID"), normal(1, 1, 1, 1), normal(1, 1, 1, 1, seed=1)),
+    "conv without a batch": (lambda x, k: convolved(x, k, (1, 1), "SAME"), normal(0, 2, 3, 3), normal(4, 2, 1, 1)),
+    "cond of rank 0": (lambda t: lax.cond(t < 9, jnp.sin, jnp.cos, t), normal()),
+    "cumlogsumexp of size 1": (lambda x: lax.cumlogsumexp(x, 1), one),
+    "cummax of size 1": (lambda x: lax.cummax(x, 0) ** 1, one),
+    "cumprod of size 1": (lambda x: lax.cumprod(x, 0), one),
+    "cumsum of nothing": (lambda x: lax.cumsum(x, 0), none),
+    "dot_general of a scalar and a vector": (lambda t, x: jnp.tensordot(t, x, 0), normal(), normal(3)),
+    "dot_general of a matrix and a scalar": (lambda x, t: jnp.tensordot(x, t, 0), normal(2, 3), normal()),
+    "dot_general of two scalars": (lambda s, t: jnp.tensordot(s, t, 0), normal(), normal(seed=1)),
+    "dot_general of an outer product": (lambda x, y: jnp.tensordot(x, y, 0), normal(2), normal(3)),
+    "dot_general of size 1": (jnp.matmul, one, normal(1, 1, seed=1)),
+    "dot_general over nothing": (jnp.matmul, normal(2, 0), normal(0, 3)),
+    "dot_general without rows": (jnp.matmul, normal(0, 3), normal(3, 2)),
+    "dot_general without a batch": (lambda x, w: jnp.einsum("bij,bjk->bik", x, w), normal(0, 2, 3), normal(0, 3, 2)),
+    "dynamic_slice of size 1": (lambda x: lax.dynamic_slice(x * x, (0, 0), (1, 1)), one),
+    "gather of nothing": (lambda x: (x * x)[np.zeros(0, int)], normal(2, 3)),
+    "gather from size 1": (lambda x: (x * x)[np.array([0, 0])], one),
+    "pad of nothing": (lambda x: lax.pad(x, 0.0, ((1, 0, 0), (0, 1, 0))), none),
+    "reduce_max of size 1": (lambda x: x.max(1) ** 2, one),
+    "reduce_prod of size 1": (lambda x: jnp.prod(x, 0), one),
+    "reduce_prod of nothing": (lambda x: jnp.prod(x, 0), none),
+    "reduce_sum of nothing": (lambda x: (x * x).sum(0), none),
+    "reduce_sum of rank 0": (lambda t: (t * t).sum() ** 2, normal()),
+    "reshape of rank 0": (lambda t: (t * t).reshape(1, 1), normal()),
+    "rev of size 1": (lambda x: x[::-1] ** 2, normal(1)),
+    "scan of rank 0": (lambda t: lax.scan(lambda c, _: (jnp.sin(c * t), c), t, length=2)[0], normal()),
+    "scan of no steps": (lambda x: lax.scan(lambda c, y: (c * y, None), x, jnp.zeros((0, 3)))[0], normal(3)),
+    "scatter of nothing": (lambda x, u: x.at[np.zeros(0, int)].set(u) ** 1, normal(2, 3), none),
+    "scatter-add to size 1": (lambda x, u: x.at[np.array([0, 0])].add(u), one, normal(2, 1)),
+    "sort of size 1": (lambda x: jnp.sort(x, 0), normal(1, 3)),
+    "sort of nothing": (lambda x: jnp.sort(x, 1), none),
+    "split with nothing": (lambda x: jnp.split(x * x, (0, 1))[1], normal(2, 3)),
+    "squeeze to rank 0": (lambda x: lax.squeeze(x * x, (0, 1)), one),
+    "stack of rank 0": (lambda s, t: jnp.stack([s, t, s * t]), normal(), normal(seed=1)),
+    "top_k of size 1": (lambda x: lax.top_k(x, 1)[0], one),
+    "transpose of rank 0": (lambda t: jnp.transpose(t * t), normal()),
+    "transpose of nothing": (lambda x: (x * x).T, none),
+}  # fmt: skip
+
 PAIRS |= SPARSE
 CASES = (
-    UNARY | BINARY | SELECTION | MULTILINEAR | LINEAR_ALGEBRA | OTHER | CONTROL | BLOCKS | COMPLEX
+    UNARY
+    | BINARY
+    | SELECTION
+    | MULTILINEAR
+    | LINEAR_ALGEBRA
+    | OTHER
+    | CONTROL
+    | BLOCKS
+    | COMPLEX
+    | SMALL
 )
 
 

@@ -99,21 +99,131 @@ def test_the_gradient_is_the_rules():
     assert_close(hess_diag, 6 * s * c**2 - s * jnp.clip(3 * s**2, -0.1, 0.1))
 
 
-def test_straight_through_has_a_gradient():
-    """The body is piecewise constant: no curvature comes through, but the gradient does."""
+def with_rule(fun, backward):
+    """``fun`` of one array, with ``backward(x, g)`` for its derivative."""
 
     @jax.custom_vjp
-    def rounded(x):
-        return jnp.round(x)
+    def wrapped(x):
+        return fun(x)
 
-    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+    wrapped.defvjp(lambda x: (fun(x), x), lambda x, g: (backward(x, g),))
+    return wrapped
+
+
+def through(fun):
+    """``fun`` with the derivative of the identity, without a rule of its own."""
+    return lambda x: x + lax.stop_gradient(fun(x) - x)
+
+
+def quantised(x):
+    scale = jnp.max(jnp.abs(x)) / 7
+    return jnp.round(x / scale) * scale
+
+
+@pytest.mark.parametrize("fun", [jnp.round, jnp.sign, jnp.floor, quantised])
+def test_straight_through(fun):
+    """The body has no derivative: the rule's Jacobian is taken as linear."""
+    ste = with_rule(fun, lambda x, g: g)
+    received = hs.hesscale(lambda w: (jnp.tanh(ste(X @ w)) ** 2).mean())(W)
+    assert_close(received, hs.hesscale(lambda w: (jnp.tanh(through(fun)(X @ w)) ** 2).mean())(W))
+
+
+def test_a_surrogate_of_a_step():
+    spike = with_rule(lambda x: (x > 0).astype(x.dtype), lambda x, g: g / (1 + jnp.abs(x)) ** 2)
+    _, hess_diag = hs.hesscale(lambda x: ((spike(2 * x) - 0.3) ** 2).sum())(X)
+    assert_close(hess_diag, 8 / (1 + jnp.abs(2 * X)) ** 4)
+
+
+def test_a_product_of_rounded_factors():
+    @jax.custom_vjp
+    def product(x, w):
+        return jnp.round(4 * x) @ jnp.round(4 * w) / 16
+
+    product.defvjp(
+        lambda x, w: (product(x, w), (jnp.round(4 * x) / 4, jnp.round(4 * w) / 4)),
+        lambda saved, g: (g @ saved[1].T, saved[0].T @ g),
+    )
 
     def loss(w):
-        return (rounded(X @ w) ** 2).sum()
+        return (jnp.tanh(product(X, w)) ** 2).mean()
 
-    grad, hess_diag = hs.hesscale(loss)(W)
-    assert_close(grad, jax.grad(loss)(W))
-    assert_close(hess_diag, jnp.zeros_like(W))
+    def by_hand(shift):
+        """The same, in the weights' displacement: the rule is linear in it."""
+        return (jnp.tanh(product(X, W) + jnp.round(4 * X) / 4 @ shift) ** 2).mean()
+
+    received = jax.jit(hs.hesscale(loss))(W)
+    assert_close(received, hs.hesscale(by_hand)(jnp.zeros_like(W)))
+    mapped = jax.vmap(hs.hesscale(loss))(jnp.stack([W, W]))
+    assert_close(jax.tree.map(lambda x: x[1], mapped), received)
+
+
+def test_a_choice_loses_nothing():
+    """The comparison only chooses: the curvature is that of the body."""
+    hinge = with_rule(
+        lambda x: jnp.where(x > 0, x**3, 0.0), lambda x, g: jnp.where(x > 0, g * 3 * x**2, 0.0)
+    )
+    received = hs.hesscale(lambda x: (hinge(x) ** 2).sum())(X)
+    assert_close(received, hs.hesscale(lambda x: (jnp.where(x > 0, x**3, 0.0) ** 2).sum())(X))
+
+
+def test_an_iteration_until_convergence():
+    """The body is a loop of unknown length; of a function of each entry alone, the signs cancel."""
+    root = with_rule(
+        lambda a: lax.while_loop(
+            lambda x: jnp.any(jnp.abs(x * x - a) > 1e-12),
+            lambda x: (x + a / x) / 2,
+            jnp.ones_like(a),
+        ),
+        lambda a, g: g / (2 * jnp.sqrt(a)),
+    )
+    a = 0.5 + X**2
+    grad, hess_diag = jax.jit(hs.hesscale(lambda a: (root(a) ** 3).sum()))(a)
+    assert_close(grad, 1.5 * jnp.sqrt(a))
+    # 3 root'^2 root''s own curvature left out.
+    assert_close(hess_diag, 6 * jnp.sqrt(a) / (4 * a))
+
+
+def test_an_adjoint_that_is_a_loop_too():
+    """Signs stand for the squares: without bias, here against the dense Jacobian."""
+    matrix = jnp.eye(4) + normal(4, 4, seed=3) / 10
+
+    def solve(b, matrix):
+        def step(x):
+            return x + 0.5 * (b - matrix @ x)
+
+        return lax.while_loop(lambda x: jnp.any(jnp.abs(b - matrix @ x) > 1e-13), step, b)
+
+    solved = with_rule(lambda b: solve(b, matrix), lambda b, g: solve(g, matrix.T))
+    b, of_each = normal(4), normal(4, seed=5)
+
+    def loss(b):
+        return (of_each * solved(b) ** 2).sum()
+
+    grad, hess_diag = hs.hesscale(loss)(b)
+    assert_close(grad, jax.grad(loss)(b))
+    expected = 2 * (jnp.linalg.inv(matrix) ** 2).T @ of_each
+    # Off the diagonal of the inverse there is a tenth of it, of either sign.
+    np.testing.assert_allclose(hess_diag, expected, atol=0.5 * np.abs(of_each).max())
+
+
+def test_several_results_entry_by_entry():
+    """Each result by itself, so that a block knows how they vary together."""
+
+    @jax.custom_jvp
+    def both(x):
+        return jnp.round(jnp.sin(x), 12), jnp.cos(x), jnp.round(x).astype(int)
+
+    @both.defjvp
+    def both_jvp(primals, tangents):
+        (x,), (t,) = primals, tangents
+        return both(x), (jnp.cos(x) * t, -jnp.sin(x) * t, np.zeros(x.shape, jax.dtypes.float0))
+
+    def loss(x):
+        sine, cosine, _ = both(x)
+        return (sine * cosine + sine**2).sum()
+
+    received = hs.hesscale(loss)(X)
+    assert_close(received[1], -2 * jnp.sin(2 * X) + 2 * jnp.cos(2 * X))
 
 
 def test_operands_of_other_shapes():

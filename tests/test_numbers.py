@@ -30,6 +30,18 @@ def masked_cross_entropy(x):
 
 
 # Every loss is such that its Hessian is diagonal, or one block.
+def log_where_positive(x):
+    return jnp.where(x > 0, jnp.log(x), 0.0)
+
+
+def lennard_jones(x):
+    """The distance of a particle from itself is 0, and its energy is masked."""
+    other = ~np.eye(len(x), dtype=bool)
+    squares = ((x[:, None] - x[None]) ** 2).sum(-1)
+    sixth = 1 / jnp.sqrt(jnp.where(other, squares, 0.0)) ** 6
+    return jnp.where(other, 4 * (sixth**2 - sixth), 0.0).sum() / 2
+
+
 FINITE = {
     "cumprod of zeros": (lambda x: jnp.sum(jnp.cumprod(x)), jnp.array([2.0, 0.0, 3.0, 0.0, 5.0])),
     "reduce_prod of a zero": (lambda x: jnp.sin(jnp.prod(x)), jnp.array([2.0, 0.0, 3.0])),
@@ -77,6 +89,20 @@ FINITE = {
         lambda x: jnp.sum(x.at[np.array([1, 7])].get(mode="fill", fill_value=0.0) ** 2),
         normal(3),
     ),
+    "log of a masked square, behind one where": (
+        lambda x: jnp.sum(jnp.where(x > 0, jnp.log(jnp.where(x > 0, x**2, 0.0)), 0.0)),
+        jnp.array([0.7, -0.4, 0.0]),
+    ),
+    "log of relu": (lambda x: jnp.sum(log_where_positive(nn.relu(x))), jnp.array([0.7, -0.4, 0.0])),
+    "entropy of relu": (
+        lambda x: jnp.sum(nn.relu(x) * log_where_positive(nn.relu(x))),
+        jnp.array([0.7, -0.4, 0.0]),
+    ),
+    "log of a clamped value": (
+        lambda x: jnp.sum(log_where_positive(lax.clamp(0.0, x, 1.0))),
+        jnp.array([0.7, -0.4, 1.3]),
+    ),
+    "a power of masked distances": (lennard_jones, normal(3, 2)),
     "no entries": (lambda x: jnp.sum(x[:0] ** 2) + jnp.sum(x**2), normal(3)),
 }
 
@@ -213,3 +239,24 @@ def test_an_algorithm_for_half_precision_factors():
         _, diagonal = hs.hesscale(loss)(x, w)
     expected = np.broadcast_to(2 * (np.float32(w) ** 2).sum(1), (2, 3))
     np.testing.assert_allclose(np.float32(diagonal), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: jnp.log(jnp.sum(jnp.exp(8 * x))),
+        lambda x: jnp.sum(jnp.square(jnp.tanh(3 * x).astype(jnp.float32))),
+        lambda x: jnp.sum(jnp.square(nn.sigmoid(6 * x).astype(jnp.float32))),
+    ],
+    ids=("exp", "tanh", "logistic"),
+)
+def test_slopes_of_saturated_entries_in_half_precision(dtype, fun):
+    x = jnp.array([0.7, -0.4, 1.0], dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        _, diagonal = hs.hesscale(fun)(x)
+        expected = np.diag(jax.hessian(fun)(x.astype(jnp.float64)))
+    # The values between are rounded to half precision; slopes that lose theirs are off by a half.
+    np.testing.assert_allclose(
+        np.float64(diagonal), expected, rtol=50 * float(jnp.finfo(dtype).eps)
+    )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, MATRIX, PAIRS, bcoo, normal
+from cases import BINARY, CASES, MATRIX, PAIRS, UNARY, bcoo, normal
 from equinox.internal import nondifferentiable_backward, while_loop
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -32,6 +32,39 @@ def test_equals_dense_algebra(name):
     # float32 in the middle of a float64 program leaves float32's rounding.
     rtol = 1e-6 if name in ("convert_element_type", "dot_general to another dtype") else 1e-9
     check_rule(fun, *args, key=jax.random.key(3), rtol=rtol)
+
+
+# Of these, the functions fix a shape, or one line of them reads entries of another.
+OF_ONE_SHAPE = {"igamma", "igammac", "regularized_incomplete_beta", "select_n of three"}
+OF_ONE_SHAPE |= {"select_n with a scalar predicate"}
+
+
+@pytest.mark.parametrize("name", sorted((UNARY | BINARY).keys() - OF_ONE_SHAPE))
+def test_pointwise_of_rank_0_of_size_1_and_of_nothing(name):
+    """As a sum over one of each: its Hessian in all of them together is diagonal by blocks."""
+    fun, *args = CASES[name]
+    scalars = [x.ravel()[0] for x in args]
+    ones = [x[..., :1][:1] if x.ndim else x for x in args]
+    nothing = [x[:0] if x.ndim else x for x in args]
+
+    def loss(scalars, ones):
+        results = [fun(*scalars), fun(*ones), fun(*nothing)]
+        return sum(jnp.sum(jnp.sin(y.astype(float)) * 1.3) for y in results)
+
+    def flat(x):
+        return loss(
+            list(x[: len(args)]),
+            [x.reshape(y.shape) for x, y in zip(x[len(args) :], ones, strict=True)],
+        )
+
+    x = jnp.stack([*scalars, *(y.ravel()[0] for y in ones)]).astype(float)
+    grad, hess_diag = hs.hesscale(loss, (0, 1))(scalars, ones)
+    received = [jnp.stack([y.ravel()[0] for y in (*z[0], *z[1])]) for z in (grad, hess_diag)]
+    rtol = 1e-6 if name == "convert_element_type" else 1e-9  # float32 in between
+    for got, want in zip(
+        received, (jax.grad(flat)(x), jnp.diag(jax.hessian(flat)(x))), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("name", PAIRS)

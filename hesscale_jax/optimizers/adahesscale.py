@@ -175,9 +175,9 @@ def adahesscale(
 
     With ``moment="abs"``, :math:`h_t^2` becomes :math:`|h_t|` and the root falls away. In both, a
     gradient over a curvature is a length in parameter space: at :math:`\alpha_t = 1` the step is
-    Newton's, and unlike Adam's it is blind to the scale of each parameter. The clip bounds it where
-    the curvature is 0 or next to nothing: no parameter moves by more than :math:`\alpha_t`,
-    whatever the scale of the loss.
+    Newton's, and unlike Adam's it is blind to the scale of each parameter, until the clip. That
+    bounds it where the curvature is 0 or next to nothing: no parameter moves by more than
+    :math:`\alpha_t`, whatever the scale of the loss.
 
     With a number for ``eps`` it is the authors' form, which divides by
     :math:`\sqrt{\hat{v}_t} + \varepsilon` and does not clip. Theirs is 1e-8: where the curvature is
