@@ -54,6 +54,12 @@ SMOOTH = (
     "jax.nn.gelu({0}, approximate=False)",
     "0.7 - 0.5 * {0}",
     "{0} * jnp.arctan({0})",
+    "jnp.ldexp({0}, 1)",
+    "jnp.polyval(jnp.array([0.2, -0.3, 0.5]), {0})",
+    "jax.scipy.special.sici({0})[0]",
+    "jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y + 0.1 * {0}), {0})",
+    "jnp.abs(jnp.exp(jax.lax.complex(0.1 * {0}, {0})) + 2.0)",
+    "jnp.where(True, jnp.sin({0}), {0})",
 )
 KINKED = (
     "jax.nn.relu({0})",
@@ -62,6 +68,9 @@ KINKED = (
     "jnp.clip({0}, -0.8, 0.9)",
     "jnp.where({0} > 0.1, {0}, jnp.square({0}))",
     "{0} - jax.lax.stop_gradient({0}) * {0}",
+    "jnp.where({0} > 0.0, jnp.log(jnp.where({0} > 0.0, {0}**2, 0.0)), 0.3)",
+    "where_positive(jnp.log, jax.nn.relu({0}))",
+    "where_positive(jnp.sqrt, jnp.where({0} > 0.2, {0}, 0.0))",
 )
 BINARY = (
     "{0} + {1}",
@@ -85,6 +94,11 @@ HEADS = {
     "huber": lambda z, t: optax.huber_loss(z, t, delta=0.7).mean(),
     "poisson": lambda z, t: jnp.sum(jnp.exp(z) - z * t**2),
 }
+
+
+def where_positive(fun: Callable[[Any], Any], x: Any) -> Any:
+    """A function where it has a value and a derivative, 0 elsewhere."""
+    return jnp.where(x > 0, fun(x), 0.0)
 
 
 class Node(NamedTuple):
@@ -188,7 +202,8 @@ class Program:
     def function(self, result: str) -> Callable[..., jax.Array]:
         """The program as a function of its inputs, with its text in ``__doc__``."""
         text = definition("f", ", ".join(self.inputs), self.lines, result)
-        scope = {"jax": jax, "jnp": jnp, "name": checkpoint_name, **HEADS, **self.constants}
+        given = {"jax": jax, "jnp": jnp, "name": checkpoint_name, "where_positive": where_positive}
+        scope = given | HEADS | self.constants
         scope |= {"functools": functools, "with_jvp": with_jvp, "with_vjp": with_vjp}
         exec(text, scope)
         shapes = {name: x.shape for name, x in (self.inputs | self.constants).items()}
