@@ -169,7 +169,7 @@ def _lacks_a_rule(eqn: Equation, find: Find) -> bool:
 
 
 def _custom_vjp(eqn: Equation, find: Find) -> Any:
-    """The rule's gradient, and the body's curvature; where that has no derivative, ``own_jacobian``."""
+    """The curvature is that of the body; where that has no derivative, as of ``own_jacobian``."""
     return own_jacobian if _loses_derivatives(eqn, find) else custom_rule
 
 
