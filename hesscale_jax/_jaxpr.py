@@ -892,9 +892,11 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
 
 def _is_short(eqn: Any) -> bool:
     """Whether a loop acts entry by entry on what it carries, in few equations over all steps."""
-    results = len(eqn.outvars) == len(scan_groups(eqn)[1])
-    count = _count_entrywise(_closed(eqn.params["jaxpr"]))
-    return results and not eqn.effects and count * eqn.params["length"] <= SHORT
+    length = eqn.params["length"]
+    hands_on_all = len(eqn.outvars) == len(scan_groups(eqn)[1])
+    if not (isinstance(length, int) and hands_on_all) or eqn.effects:
+        return False
+    return _count_entrywise(_closed(eqn.params["jaxpr"])) * length <= SHORT
 
 
 def _count_entrywise(closed: core.ClosedJaxpr) -> float:

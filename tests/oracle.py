@@ -26,6 +26,7 @@ import hesscale_jax as hs
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Program, Value
 from hesscale_jax.blocks import Loop, Plan, loop, plan
+from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.table import find
 
 FLOOR = 1e-3  # what counts as the size of derivatives that cancel
@@ -116,8 +117,10 @@ def backward(
             (eqn,) = unit
             positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
             sources = [eqn.inputs[i] for i in positions]
-            # A function that stands for a primitive on complex values runs no program.
-            back = INSIDE[eqn.name] if eqn.bodies else back_through_equation
+            # A function that stands for a primitive on complex values runs no program, and one
+            # whose body has no derivative has those of its own rule.
+            own = eqn.name in _jaxpr.CUSTOM and steps.rules[eqn] is not custom_rule
+            back = INSIDE[eqn.name] if eqn.bodies and not own else back_through_equation
             paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
             at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
             found = back(at, [came_back.get(v) for v in made])
