@@ -719,7 +719,7 @@ SMALL: dict[str, Case] = {
     "reduce_sum of rank 0": (lambda t: (t * t).sum() ** 2, normal()),
     "reshape of rank 0": (lambda t: (t * t).reshape(1, 1), normal()),
     "rev of size 1": (lambda x: x[::-1] ** 2, normal(1)),
-    "scan of rank 0": (lambda t: lax.scan(lambda c, _: (jnp.sin(c * t), c), t, length=2)[0], normal()),
+    "scan of rank 0": (lambda t: lax.scan(lambda c, _: (jnp.sin(c * t), None), t, length=2)[0], normal()),
     "scan of no steps": (lambda x: lax.scan(lambda c, y: (c * y, None), x, jnp.zeros((0, 3)))[0], normal(3)),
     "scatter of nothing": (lambda x, u: x.at[np.zeros(0, int)].set(u) ** 1, normal(2, 3), none),
     "scatter-add to size 1": (lambda x, u: x.at[np.array([0, 0])].add(u), one, normal(2, 1)),
