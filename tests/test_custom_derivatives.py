@@ -183,6 +183,21 @@ def test_an_iteration_until_convergence():
     assert_close(hess_diag, 6 * jnp.sqrt(a) / (4 * a))
 
 
+def test_an_adjoint_that_is_a_loop_of_which_one_result_is_read():
+    def halved(x):
+        """Down to less than 1, by a loop; the same for a cotangent, as often."""
+        return lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] / 2, c[1] + 1), (x, 0))[0]
+
+    @jax.custom_vjp
+    def both(x):
+        return x * halved(jnp.ones_like(x)), 2 * halved(x)
+
+    both.defvjp(lambda x: (both(x), None), lambda _, g: (halved(g[0]) + 2 * halved(g[1]),))
+    grad, hess_diag = hs.hesscale(lambda x: (both(x)[1] ** 2).sum())(X)
+    assert_close(grad, X / 8)
+    assert_close(hess_diag, jnp.full_like(X, 1 / 8))
+
+
 def test_an_adjoint_that_is_a_loop_too():
     """Signs stand for the squares: without bias, here against the dense Jacobian."""
     matrix = jnp.eye(4) + normal(4, 4, seed=3) / 10

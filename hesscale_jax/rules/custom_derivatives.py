@@ -107,8 +107,10 @@ def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> li
         try:
             found = _squares(eqn, recurse, back, ys, into)
         except WhileLoopError:
-            found = _signed_squares(eqn, primals, back, ys, dict(zip(moving, into, strict=True)))
-            found = [found[k] for k in wanted]
+            along_into = dict(zip(moving, into, strict=True))
+            found = _signed_squares(
+                eqn, primals, back, dict(zip(wanted, ys, strict=True)), along_into
+            )
         for k, spread in zip(wanted, found, strict=True):
             spreads[k] = spread
     return list(map(Moments, results, shifts, spreads))
@@ -133,21 +135,22 @@ def _squares(eqn: Equation, recurse: Any, back: Any, ys: Sequence[Any], into: An
 
 
 def _signed_squares(
-    eqn: Equation, primals: Sequence[Any], back: Any, ys: Sequence[Any], into: dict[int, Any]
+    eqn: Equation, primals: Sequence[Any], back: Any, ys: dict[int, Any], into: dict[int, Any]
 ) -> list[Any]:
-    """``z * J(J^T z * v)``, averaged over signs ``z``."""
+    """``z * J(J^T z * v)`` for the results ``ys``, averaged over signs ``z``."""
     generator = np.random.default_rng(0)
-    found: list[Any] = [None] * len(eqn.outputs)
+    found: dict[int, Any] = dict.fromkeys(ys)
     for _ in range(SIGNS):
-        z = [jnp.asarray(generator.choice([-1.0, 1.0], y.shape), y.dtype) for y in ys]
+        z = [jnp.asarray(generator.choice([-1.0, 1.0], y.shape), y.dtype) for y in ys.values()]
         tangents: list[Any] = [None] * len(primals)
         for i, u in zip(into, back(z), strict=True):
             tangents[i] = u * lax.convert_element_type(into[i], u.dtype)
         pushed = push(eqn, primals, tangents)
-        for k, (sign, dy) in enumerate(zip(z, pushed, strict=True)):
+        for k, sign in zip(ys, z, strict=True):
+            dy = pushed[k]
             wide = lax.convert_element_type(sign * dy / SIGNS, spread_dtype(dy.dtype))
             found[k] = total(found[k], wide)
-    return found
+    return list(found.values())
 
 
 def _custom_jvp(eqn: Equation, find: Find) -> Any:
