@@ -669,9 +669,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _with_derivative(eqn: Equation) -> core.ClosedJaxpr:
-    """The equation and its derivative in every floating operand, as a jaxpr."""
+    """The function and its derivative in every floating argument, as a jaxpr.
+
+    In what it closes over, the leading operands, it has none: JAX raises where one is asked for.
+    """
     values = [i for i, v in enumerate(eqn.inputs) if isinstance(v, Value)]
-    moving = [i for i in values if is_inexact(eqn.inputs[i])]
+    arguments = range(eqn.params["num_consts"], len(eqn.inputs))
+    moving = [i for i in values if i in arguments and is_inexact(eqn.inputs[i])]
     constants = [v.value if isinstance(v, Constant) else None for v in eqn.inputs]
 
     def with_derivative(primals: list[Any], tangents: list[Any]) -> Any:

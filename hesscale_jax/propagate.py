@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from hesscale_jax import _jaxpr
+from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.head import LossHead, names_output
@@ -24,8 +25,9 @@ from hesscale_jax.rules.table import Unsupported, find
 __all__ = ["affine_in", "propagate"]
 
 # Besides what is pointwise or a view: primitives as cheap to compute again as to read.
-MOVES = frozenset({"concatenate", "iota", "pad", "slice", "split", "transpose", "unstack"})
-MOVES |= {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "custom_jvp_call"}
+CHEAP = frozenset({"concatenate", "iota", "pad", "slice", "split", "transpose", "unstack"})
+CHEAP |= {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "custom_jvp_call"}
+CHEAP |= {"complex", "fft"}  # the results are complex
 
 
 def propagate(
@@ -231,12 +233,15 @@ class KeepsCostly:
 
     Attributes:
       cheap: The primitives of which nothing is kept, unless they call the host.
+
+    Nor is what has complex values: JAX rounds what is kept by an operation that takes none.
     """
 
     cheap: frozenset[str]
 
     def __call__(self, primitive: Any, *operands: Any, **params: Any) -> bool:
-        return primitive.name not in self.cheap or _jaxpr.holds_callback(params)
+        kept = primitive.name not in self.cheap and not any(map(is_complex, operands))
+        return kept or _jaxpr.holds_callback(params)
 
 
 class Recursion:
@@ -278,7 +283,7 @@ class Recursion:
             for name, rule in self._walk.rules.items()
             if isinstance(name, str) and isinstance(rule, Pointwise | View | Join)
         )
-        return KeepsCostly(MOVES.union(cheap))
+        return KeepsCostly(CHEAP.union(cheap))
 
     def moving(self, body: Body) -> list[bool]:
         """Which inputs of a body have a shift and a spread: in a loop, at any step."""

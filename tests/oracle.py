@@ -119,8 +119,10 @@ def backward(
             sources = [eqn.inputs[i] for i in positions]
             # A function that stands for a primitive on complex values runs no program, and one
             # whose body has no derivative has those of its own rule.
-            own = eqn.name in _jaxpr.CUSTOM and steps.rules[eqn] is not custom_rule
-            back = INSIDE[eqn.name] if eqn.bodies and not own else back_through_equation
+            back = INSIDE[eqn.name] if eqn.bodies else back_through_equation
+            if eqn.name in _jaxpr.CUSTOM and steps.rules[eqn] is not custom_rule:
+                reverse = eqn.name == "custom_vjp_call"
+                back = back_through_own_rule if reverse else back_through_equation
             paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
             at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
             found = back(at, [came_back.get(v) for v in made])
@@ -274,6 +276,17 @@ def back_through_custom(at: At, cotangents: Sequence[Cotangents | None]) -> list
     )
     back = back_through_body(body.program, at.primals, paths, cotangents)
     return [Cotangents(g, back[i].h) for i, g in zip(at.positions, grads, strict=True)]
+
+
+def back_through_own_rule(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
+    """As if linear, with the Jacobian of the function's own rule in reverse."""
+    wanted = [i for i, x in enumerate(cotangents) if x is not None]
+    results, transpose = jax.vjp(at.function(wanted), *at.xs)
+    g, h = (
+        jnp.concatenate([getattr(cotangents[i], name).ravel() for i in wanted]) for name in "gh"
+    )
+    jacobian = jax.vmap(transpose)(basis(results))
+    return [Cotangents(jnp.tensordot(g, j, 1), jnp.tensordot(h, j * j, 1)) for j in jacobian]
 
 
 def back_through_body(

@@ -36,6 +36,7 @@ FLOOR = 1e-3  # what counts as the size of derivatives that cancel
 Shape = tuple[int, ...]
 
 SHAPES = ((2, 3), (3, 2), (3, 3), (4,), (1, 3), (2, 1), (1,), (2, 3, 2), (2, 1, 3), ())
+STEP = "step[...]"  # the number of a step of a loop, in a reference
 FRAMES = ((4,), (2, 3), (3, 2), (3, 3), (1, 4), (4, 1), (2, 3, 2), (3, 1, 2), (2, 2, 2), (1, 1))
 
 SMOOTH = (
@@ -61,6 +62,8 @@ SMOOTH = (
     "jnp.abs(jnp.exp(jax.lax.complex(0.1 * {0}, {0})) + 2.0)",
     "jnp.where(True, jnp.sin({0}), {0})",
 )
+# Where the derivatives do not cancel at 0, as those of the sine integral do.
+ANY_DTYPE = tuple(x for x in SMOOTH if not re.search("array|complex|sici", x))
 KINKED = (
     "jax.nn.relu({0})",
     "jax.nn.elu({0})",
@@ -83,6 +86,7 @@ BINARY = (
     "(1.0 + {0}**2) ** jnp.tanh({1})",
     "jnp.where({0} > {1}, {0} * {1}, {1})",
 )
+SMOOTH_BINARY = tuple(x for x in BINARY if "max" not in x and "where" not in x)
 REDUCTIONS = ("jnp.sum", "jnp.mean", "jnp.max", "jnp.min", "jax.nn.logsumexp", "jnp.var")
 HEADS = {
     "cross_entropy": lambda z, t: optax.softmax_cross_entropy_with_integer_labels(
@@ -205,6 +209,7 @@ class Program:
         given = {"jax": jax, "jnp": jnp, "name": checkpoint_name, "where_positive": where_positive}
         scope = given | HEADS | self.constants
         scope |= {"functools": functools, "with_jvp": with_jvp, "with_vjp": with_vjp}
+        scope |= {"straight_through": straight_through_by}
         exec(text, scope)
         shapes = {name: x.shape for name, x in (self.inputs | self.constants).items()}
         scope["f"].__doc__ = f"{text}\n{shapes}"
@@ -239,12 +244,20 @@ def with_vjp(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return function
 
 
+def straight_through_by(fun: Callable[[Any], Any], slope: float) -> Callable[[Any], Any]:
+    """A function whose rule says that it is linear."""
+    function = jax.custom_vjp(fun)
+    function.defvjp(lambda x: (fun(x), None), lambda _, g: (slope * g,))
+    return function
+
+
 class Case(NamedTuple):
     """A function and where to evaluate it."""
 
     fun: Callable[..., jax.Array]
     args: list[jax.Array]
     exact: list[int] = []  # noqa: RUF012
+    twin: Callable[..., jax.Array] | None = None  # the same function, written in another way
 
 
 def case(program: Program, result: str) -> Case:
@@ -392,7 +405,43 @@ def rare(program: Program) -> None:
         lambda: program.add(f"jax.ops.segment_sum({x}, jnp.arange({n}) % 2, 2)", (2, *rest)),
         lambda: program.add(f"jax.lax.top_k({x}, 1)[0]", (*x.shape[:-1], 1)),
         lambda: convolution(program),
+        lambda: matrix_function(program),
+        lambda: scaled_by_rank_0(program),
+        lambda: derivative(program),
+        lambda: program.add(f"jax.nn.softmax({x}, {axes}, where={x} > 0.1)", x.shape),
     )()
+
+
+def matrix_function(program: Program) -> None:
+    """Of a matrix that is well conditioned."""
+    x = program.pick(lambda x: len(x.shape) == 2 and min(x.shape) >= 1)
+    if x is None:
+        return
+    n, m = x.shape
+    a = f"(jnp.tanh({x}) @ jnp.tanh({x}).T + jnp.diag(jnp.arange(2.0, 2.0 + {n})))"
+    program.choose(
+        lambda: program.add(f"jnp.linalg.inv({a})", (n, n)),
+        lambda: program.add(f"jnp.linalg.solve({a}, {x})", (n, m)),
+        lambda: program.add(f"jnp.linalg.cholesky({a})", (n, n)),
+        lambda: program.add(f"jnp.linalg.slogdet({a})[1]", ()),
+        lambda: program.add(f"jnp.linalg.eigvalsh({a})", (n,)),
+        lambda: program.add(f"jnp.abs(jnp.fft.rfft({x}, axis=0) + 2.0)", (n // 2 + 1, m)),
+        lambda: program.add(f"jnp.fft.fft({x}).imag", (n, m)),
+    )()
+
+
+def scaled_by_rank_0(program: Program) -> None:
+    """Products with an operand of rank 0."""
+    if (s := program.pick(lambda x: not x.shape)) and (x := program.pick()):
+        none = "((), ()), ((), ())"
+        program.add(f"jax.lax.dot_general({s}, {x}, ({none}))", x.shape)
+
+
+def derivative(program: Program) -> None:
+    """The derivative of a function of one value, in the program itself."""
+    x = program.pick()
+    function = program.choose(*SMOOTH).format("x")
+    program.add(f"jax.grad(lambda x: jnp.sum({function}))({x})", x.shape)
 
 
 def convolution(program: Program) -> None:
@@ -509,7 +558,32 @@ def own_rule(program: Program) -> None:
     program.add(program.call(f"{f}({', '.join(map(str, operands))})", [y]), y.shape)
 
 
-STATEMENTS = (checkpoint, scan, fori_loop, branches, own_rule)
+def straight_through(program: Program) -> None:
+    """A function without a derivative, that has one by its own rule."""
+    x = program.pick()
+    function = program.choose("jnp.round(2.0 * {0}) / 2.0", "jnp.sign({0})", "jnp.floor({0}) + 0.5")
+    text = f"straight_through(lambda x: {function.format('x')}, {program.choose(1.0, 0.7)})({x})"
+    program.add(text, x.shape)
+
+
+def counted(program: Program) -> None:
+    """A loop that counts its steps in a reference from outside; ``at`` is what it has counted."""
+    x = start(program)
+    body = program.inner()
+    a = body.argument(x, x.shape)
+    y = grow_inside(body, program.rng.randint(1, 2), (*OPERATIONS, own_rule))
+    z = like(body, a.shape)
+    w = body.add(f"{z} * {STEP}", z.shape)
+    body.lines.insert(0, f"{STEP} = {STEP} + 0.5")
+    f = program.define(body, f"{a}, at", f"{w}, {y}")
+    program.lines.append("step = jax.new_ref(jnp.zeros(()))")
+    length = program.rng.randint(1, 3)
+    r = program.call(f"jax.lax.scan({f}, {x}, 0.5 * jnp.arange(1.0, {length + 1}))", [w, y])
+    program.add(f"{r}[0]", a.shape)
+    program.add(f"{r}[1]", (length, *y.shape))
+
+
+STATEMENTS = (checkpoint, scan, fori_loop, branches, own_rule, straight_through)
 
 
 # Families
@@ -535,6 +609,38 @@ def control(rng: random.Random) -> Case:
     grow(program, rng.randint(1, 3), (*STATEMENTS, rare))
     grow(program, rng.randint(0, 3))
     return case(program, loss_of(program))
+
+
+def state(rng: random.Random) -> Case:
+    """Loops that count in a reference, and their twins that have the number from the loop."""
+    program = Program(rng)
+    program.input(rng.choice(SHAPES))
+    program.constant(rng.choice(SHAPES))
+    for _ in range(rng.randint(1, 2)):
+        grow(program, rng.randint(0, 2), (*OPERATIONS, rare))
+        counted(program)
+    result = loss_of(program)
+    written = case(program, result)
+    counting = re.compile(r"step.* = .* \+ 0\.5|step = .*")
+    program.lines = [counting.sub("", x).replace(STEP, "at") for x in program.lines]
+    return written._replace(twin=program.function(result))
+
+
+def half(rng: random.Random) -> Case:
+    """Every entry along one path, through smooth functions, in float16 or bfloat16."""
+    program = Program(rng)
+    x = program.input(rng.choice(SHAPES), exact=True)
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.3:
+            x = moved(program, x)
+        elif rng.random() < 0.3:
+            p = program.input(x.shape, exact=True)
+            x = program.add(program.choose(*SMOOTH_BINARY).format(x, p), x.shape)
+        else:
+            x = program.add(program.choose(*ANY_DTYPE).format(x), x.shape)
+    written = case(program, rng.choice(("jnp.sum({})", "jnp.mean({}**2)")).format(x))
+    dtype = rng.choice((jnp.float16, jnp.bfloat16))
+    return written._replace(args=[x.astype(dtype) for x in written.args])
 
 
 def block(rng: random.Random) -> Case:
@@ -839,6 +945,41 @@ def check_if_one_block(test: Case) -> None:
         check_block(test)
 
 
+def check_twin(test: Case) -> None:
+    """The gradient is that of ``jax.grad``, and both results those of the twin."""
+    everywhere = range(len(test.args))
+
+    @jax.jit
+    def all_three(*args: jax.Array) -> Any:
+        both = [hs.hesscale(fun, everywhere)(*args) for fun in (test.fun, test.twin)]
+        return *both, jax.grad(test.fun, everywhere)(*args)
+
+    (grads, diagonals), (_, expected_diagonals), expected = all_three(*test.args)
+    if oracle.is_finite(expected):
+        oracle.assert_close(grads, expected, RTOL, "gradient")
+        oracle.assert_close(diagonals, expected_diagonals, RTOL, "hess_diag")
+
+
+def check_half(test: Case) -> None:
+    """The gradient is that of ``jax.grad``, the diagonal that of float64, but for rounding."""
+    everywhere = range(len(test.args))
+
+    @jax.jit
+    def both(args: Any, wide: Any) -> Any:
+        hessians = [jax.hessian(test.fun, i)(*wide) for i in everywhere]
+        exact = [jnp.diag(h.reshape(2 * (x.size,))) for h, x in zip(hessians, wide, strict=True)]
+        expected = jax.grad(test.fun, everywhere)(*args)
+        return hs.hesscale(test.fun, everywhere)(*args), expected, exact
+
+    wide = [x.astype(float) for x in test.args]
+    (grads, diagonals), expected, exact = both(test.args, wide)
+    if oracle.is_finite(expected) and oracle.is_finite(exact):
+        rtol = 64 * float(jnp.finfo(test.args[0].dtype).eps)  # four functions one in another
+        wide = [[x.astype(float) for x in found] for found in (grads, expected, diagonals)]
+        oracle.assert_close(wide[0], wide[1], rtol, "gradient")
+        oracle.assert_close([x.ravel() for x in wide[2]], exact, rtol, "hess_diag")
+
+
 def check_convex(test: Case) -> None:
     """Gauss-Newton is not negative."""
     for i, h in enumerate(check_diagonal(test._replace(exact=[]), "gauss_newton")):
@@ -848,6 +989,8 @@ def check_convex(test: Case) -> None:
 FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None]]] = {
     "anything": (anything, check_reference),
     "control": (control, check_reference),
+    "state": (state, check_twin),
+    "half": (half, check_half),
     "block": (block, check_block),
     "views": (views, check_views),
     "chain": (chain, check_diagonal),

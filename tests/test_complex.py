@@ -179,6 +179,22 @@ def test_a_loop_and_its_parallel_form_have_one_diagonal():
     assert_close(loop[0], parallel[0])
 
 
+@pytest.mark.parametrize(
+    "fun", [jnp.abs, jnp.tanh, jnp.reciprocal, jnp.fft.fft, jnp.cumprod, jnp.prod]
+)
+def test_in_a_loop_nothing_complex_is_kept(fun):
+    def loss(x, loop=True):
+        def step(carry, t):
+            return carry, jnp.abs(fun(jnp.exp(lax.complex(0.1 * x, x * t)) + 2.0)) ** 2
+
+        t = jnp.arange(1.0, 3)
+        steps = lax.scan(step, None, t)[1] if loop else jnp.stack([step(None, i)[1] for i in t])
+        return jnp.sum(steps)
+
+    x = normal(3)
+    assert_close(hs.hesscale(loss)(x), hs.hesscale(lambda x: loss(x, False))(x))
+
+
 def test_under_vmap_and_in_float32():
     x = normal(4, 6)
     batched = jax.vmap(hs.hesscale(log_power))(x)

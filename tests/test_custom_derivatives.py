@@ -346,3 +346,36 @@ def test_a_label_is_not_a_primitive():
 
     rules = hs.RULES | {"tanh": raising, "custom_vjp_call[other]": raising}
     assert_close(hs.hesscale(loss, rules=rules)(X)[1], 2 * jnp.cos(2 * X))
+
+
+def straight_through(fun):
+    """``fun`` without a derivative in its body, with that of ``3 x``."""
+    wrapped = jax.custom_vjp(lambda x: jnp.round(fun(x)))
+    wrapped.defvjp(lambda x: (jnp.round(fun(x)), None), lambda _, g: (3 * g,))
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [with_vjp, with_jvp, straight_through])
+@pytest.mark.parametrize(
+    "within",
+    [
+        jax.checkpoint,
+        lambda f: lambda x: lax.cond(x.sum() > 9, lambda x: x, f, x),
+        lambda f: lambda x: lax.scan(lambda c, t: (f(c) * t, f(c)), x, jnp.arange(2.0))[1].sum(0),
+        lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])).sum(0),
+        lambda f: with_vjp(lambda x: lax.fori_loop(0, 2, lambda i, c: f(c), x)),
+    ],
+    ids=["checkpoint", "cond", "scan", "vmap", "custom_vjp"],
+)
+def test_a_function_may_close_over_arrays(wrap, within):
+    c = jnp.array([0.3, 2.0, 1.0])
+    f = within(wrap(lambda x: c * jnp.sin(jnp.outer(c, c) @ x)))
+
+    def loss(x):
+        return jnp.sum(f(x) ** 2)
+
+    x = normal(3)
+    grad, hess_diag = jax.jit(hs.hesscale(loss))(x)
+    assert_close(grad, jax.grad(loss)(x))
+    assert np.isfinite(hess_diag).all()
+    assert np.abs(hess_diag).min() > 0
