@@ -61,10 +61,16 @@ ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "n
 ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
 ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
 
+# What combines all entries along axes, and how it combines two of them.
+REDUCES: dict[str, tuple[Any, Any]] = {
+    "reduce_prod": (lax.mul, lax.reduce_prod),
+    "reduce_sum": (lax.add, lax.reduce_sum),
+}
+
 # The name of a function that has one of another's results begins so, as no name in Python can.
 ONE_RESULT = "result."
 
-# The most equations that a loop is written out to.
+# The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512
 
 # Functions with a derivative rule of their own.
@@ -421,6 +427,8 @@ class _Builder:
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
+        self._stacks: dict[Value, tuple[int, list[Any]]] = {}  # steps' results, side by side
+        self._in_steps = False  # of a loop that is written out
 
     def inline(
         self,
@@ -451,8 +459,15 @@ class _Builder:
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), _region(eqn, region)
                 results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
-            elif eqn.primitive.name == "scan" and _is_short(eqn):
+            elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
+            elif eqn.primitive.name == "cond" and self._in_steps:
+                results = self._chosen(eqn, inputs, (eqn, *callers), region, in_parts)
+            elif stack := self._of_stack(eqn, inputs):
+                results = [self._stack(*stack, (eqn, *callers), region)]
+            elif reduced := self._of_reduced_stack(eqn, inputs):
+                combined, parts = reduced
+                results = self.inline(combined, parts, (eqn, *callers), region)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
@@ -477,14 +492,100 @@ class _Builder:
     ) -> list[Any]:
         """The steps of a loop, one after the other: a block may cross them."""
         consts, carry, xs = ([inputs[i] for i in group] for group in scan_groups(eqn))
+        outside, self._in_steps = self._in_steps, True
+        stacks: dict[int, list[Any]] = {}
         avals = [eqn.invars[i].aval for i in scan_groups(eqn)[2]]
         times = range(eqn.params["length"])
         for t in reversed(times) if eqn.params["reverse"] else times:
             part = trace(lambda *xs, t=t: [lax.index_in_dim(x, t, 0, False) for x in xs], *avals)
             here = self.inline(part, xs, callers, region)
             step = _closed(eqn.params["jaxpr"]), [*consts, *carry, *here]
-            carry = self.inline(*step, callers, region, in_parts=in_parts)
-        return carry
+            results = self.inline(*step, callers, region, in_parts=in_parts)
+            carry, stacks[t] = results[: len(carry)], results[len(carry) :]
+        self._in_steps = outside
+        stacked = zip(*(stacks[t] for t in times), strict=True)
+        return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
+
+    def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a loop acts entry by entry on what it carries, in few equations over all steps.
+
+        What the steps hand out is stacked, if it is a table's: if nothing moves that is scanned
+        over.
+        """
+        length = eqn.params["length"]
+        _, carry, xs = scan_groups(eqn)
+        if not isinstance(length, int) or not length or eqn.effects:
+            return False
+        avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
+        if len(eqn.outvars) > len(carry) and (
+            any(moves[i] for i in xs) or any(map(is_complex, avals))
+        ):
+            return False
+        closed = _closed(eqn.params["jaxpr"])
+        variables = closed.jaxpr.invars
+        moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
+        return _count_entrywise(closed, moving) * length <= SHORT
+
+    def _chosen(
+        self, eqn: Any, inputs: tuple[Any, ...], callers: Any, region: Region | None, in_parts: bool
+    ) -> list[Any]:
+        """All branches, and the results of one of them."""
+        which, *operands = inputs
+        branches = [
+            self.inline(_closed(branch), operands, callers, region, in_parts=in_parts)
+            for branch in eqn.params["branches"]
+        ]
+        results = []
+        for var, *cases in zip(eqn.outvars, *branches, strict=True):
+            avals = [eqn.invars[0].aval, *(var.aval for _ in cases)]
+            select = trace(lax.select_n, *avals)
+            results += self.inline(select, [which, *cases], callers, region)
+        return results
+
+    def _stack(self, axis: int, parts: list[Any], callers: Any, region: Region | None) -> Any:
+        """Values of one shape side by side along a new axis."""
+
+        def stack(*parts: Any) -> Any:
+            return lax.concatenate([lax.expand_dims(x, (axis,)) for x in parts], axis)
+
+        (stacked,) = self.inline(trace(stack, *map(_aval, parts)), parts, callers, region)
+        self._stacks[stacked] = axis, parts
+        return stacked
+
+    def _of_stack(self, eqn: Any, inputs: Sequence[Any]) -> tuple[int, list[Any]] | None:
+        """The stack that a slice or a transposition of one is."""
+        axis, parts = self._stacks.get(inputs[0], (0, [])) if inputs else (0, [])
+        params = eqn.params
+        if not parts:
+            return None
+        if eqn.primitive.name == "slice":
+            shapes = zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, strict=True)
+            if any(n != m for i, (n, m) in enumerate(shapes) if i != axis):
+                return None
+            step = params["strides"][axis] if params["strides"] else 1
+            return axis, parts[params["start_indices"][axis] : params["limit_indices"][axis] : step]
+        if eqn.primitive.name == "transpose":
+            order = params["permutation"]
+            rest = [i for i in order if i != axis]
+            return (order.index(axis), parts) if rest == sorted(rest) else None
+        return None
+
+    def _of_reduced_stack(
+        self, eqn: Any, inputs: Sequence[Any]
+    ) -> tuple[core.ClosedJaxpr, list[Any]] | None:
+        """What a sum or a product over a stack's axis is, of the parts."""
+        axis, parts = self._stacks.get(inputs[0], (0, [])) if inputs else (0, [])
+        combine, reduce = REDUCES.get(eqn.primitive.name, (None, None))
+        if not parts or reduce is None or axis not in eqn.params["axes"]:
+            return None
+        others = tuple(i - (i > axis) for i in eqn.params["axes"] if i != axis)
+
+        def combined(*parts: Any) -> Any:
+            result = functools.reduce(combine, parts)
+            return reduce(result, others) if others else result
+
+        return trace(combined, *map(_aval, parts)), parts
 
     def _append(
         self,
@@ -605,6 +706,10 @@ class _Builder:
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
+
+
+def _aval(x: Value | Constant) -> Any:
+    return x.aval if isinstance(x, Value) else jax.typeof(x.value)
 
 
 def _real_aval(aval: Any) -> Any:
@@ -890,25 +995,32 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
     return definition, rule
 
 
-def _is_short(eqn: Any) -> bool:
-    """Whether a loop acts entry by entry on what it carries, in few equations over all steps."""
-    length = eqn.params["length"]
-    hands_on_all = len(eqn.outvars) == len(scan_groups(eqn)[1])
-    if not (isinstance(length, int) and hands_on_all) or eqn.effects:
-        return False
-    return _count_entrywise(_closed(eqn.params["jaxpr"])) * length <= SHORT
+def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any]) -> float:
+    """The number of equations, infinite if one does not act entry by entry.
+
+    One that nothing moving enters counts a quarter: it has no derivatives. What moves is added to
+    ``moving``.
+    """
+    count = 0.0
+    for eqn in closed.jaxpr.eqns:
+        inputs = [not isinstance(v, core.Literal) and v in moving for v in eqn.invars]
+        if eqn.primitive.name in CALLS:
+            count += _count_in(called(eqn), inputs)
+        elif eqn.primitive.name == "cond":
+            branches = map(_closed, eqn.params["branches"])
+            count += 1 + sum(_count_in(branch, inputs[1:]) for branch in branches)
+        elif eqn.primitive.name in ENTRYWISE:
+            count += 1 if any(inputs) else 0.25
+        else:
+            return math.inf
+        if any(inputs):
+            moving.update(eqn.outvars)
+    return count
 
 
-def _count_entrywise(closed: core.ClosedJaxpr) -> float:
-    """The number of equations, infinite if one does not act entry by entry."""
-    return sum(
-        _count_entrywise(called(eqn))
-        if eqn.primitive.name in CALLS
-        else 1
-        if eqn.primitive.name in ENTRYWISE
-        else math.inf
-        for eqn in closed.jaxpr.eqns
-    )
+def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool]) -> float:
+    variables = closed.jaxpr.invars
+    return _count_entrywise(closed, {v for v, m in zip(variables, moves, strict=True) if m})
 
 
 # A function with a derivative rule of its own may act entry by entry, whatever it is made of
