@@ -428,7 +428,8 @@ class _Builder:
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
         self._stacks: dict[Value, tuple[int, list[Any]]] = {}  # steps' results, side by side
-        self._in_steps = False  # of a loop that is written out
+        self._made: dict[Any, Equation] = {}
+        self._known: dict[Any, Any] = {}  # what is computed of numbers alone, else None
 
     def inline(
         self,
@@ -438,10 +439,12 @@ class _Builder:
         region: Region | None = None,
         written: bool = True,
         in_parts: bool = True,
+        steps: bool = False,
     ) -> list[Any]:
         """Append the equations of ``closed``, ``written`` by the user or by this library.
 
-        What is complex among the operands and the results may be ``in_parts``.
+        What is complex among the operands and the results may be ``in_parts``. In ``steps`` of a
+        loop that are written out, a branch is chosen now.
         """
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -458,11 +461,14 @@ class _Builder:
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), _region(eqn, region)
-                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
+                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts, steps=steps)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
-            elif eqn.primitive.name == "cond" and self._in_steps:
-                results = self._chosen(eqn, inputs, (eqn, *callers), region, in_parts)
+            elif steps and eqn.primitive.name == "cond":
+                which, *operands = inputs
+                branch = _closed(eqn.params["branches"][int(self._number(which))])
+                within = (eqn, *callers), region
+                results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
             elif stack := self._of_stack(eqn, inputs):
                 results = [self._stack(*stack, (eqn, *callers), region)]
             elif reduced := self._of_reduced_stack(eqn, inputs):
@@ -492,17 +498,16 @@ class _Builder:
     ) -> list[Any]:
         """The steps of a loop, one after the other: a block may cross them."""
         consts, carry, xs = ([inputs[i] for i in group] for group in scan_groups(eqn))
-        outside, self._in_steps = self._in_steps, True
         stacks: dict[int, list[Any]] = {}
         avals = [eqn.invars[i].aval for i in scan_groups(eqn)[2]]
         times = range(eqn.params["length"])
         for t in reversed(times) if eqn.params["reverse"] else times:
             part = trace(lambda *xs, t=t: [lax.index_in_dim(x, t, 0, False) for x in xs], *avals)
             here = self.inline(part, xs, callers, region)
+            here = [self._entry(x, t, y) for x, y in zip(xs, here, strict=True)]
             step = _closed(eqn.params["jaxpr"]), [*consts, *carry, *here]
-            results = self.inline(*step, callers, region, in_parts=in_parts)
+            results = self.inline(*step, callers, region, in_parts=in_parts, steps=True)
             carry, stacks[t] = results[: len(carry)], results[len(carry) :]
-        self._in_steps = outside
         stacked = zip(*(stacks[t] for t in times), strict=True)
         return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
 
@@ -525,23 +530,35 @@ class _Builder:
         closed = _closed(eqn.params["jaxpr"])
         variables = closed.jaxpr.invars
         moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
-        return _count_entrywise(closed, moving) * length <= SHORT
+        known = {variables[i] for i in xs if self._entry(inputs[i], 0, None) is not None}
+        return _count_entrywise(closed, moving, known) * length <= SHORT
 
-    def _chosen(
-        self, eqn: Any, inputs: tuple[Any, ...], callers: Any, region: Region | None, in_parts: bool
-    ) -> list[Any]:
-        """All branches, and the results of one of them."""
-        which, *operands = inputs
-        branches = [
-            self.inline(_closed(branch), operands, callers, region, in_parts=in_parts)
-            for branch in eqn.params["branches"]
-        ]
-        results = []
-        for var, *cases in zip(eqn.outvars, *branches, strict=True):
-            avals = [eqn.invars[0].aval, *(var.aval for _ in cases)]
-            select = trace(lax.select_n, *avals)
-            results += self.inline(select, [which, *cases], callers, region)
-        return results
+    def _entry(self, table: Any, t: int, other: Any) -> Any:
+        """A number of a table that is known, or the ``other``."""
+        if len(table.shape) != 1 or (numbers := self._number(table)) is None:
+            return other
+        return self._constant(np.asarray(numbers)[t])
+
+    def _number(self, atom: Any) -> Any:
+        """What is computed of numbers alone; ``None`` if it is not, or is large."""
+        if isinstance(atom, Constant):
+            known = size(atom.shape) <= SHORT and not isinstance(atom.value, jax.core.Tracer)
+            return atom.value if known and not isinstance(atom.value, jax.Ref) else None
+        if atom not in self._known:
+            self._known[atom] = self._computed(atom)
+        return self._known[atom]
+
+    def _computed(self, value: Value) -> Any:
+        eqn = self._made.get(value)
+        if eqn is None or eqn.sources[0].effects or eqn.name not in ENTRYWISE | {"iota"}:
+            return None
+        operands = list(map(self._number, eqn.inputs))
+        if not isinstance(size(value.shape), int) or size(value.shape) > SHORT:
+            return None
+        if any(x is None for x in operands):
+            return None
+        with jax.ensure_compile_time_eval():
+            return listed(bind(eqn, *operands), eqn)[eqn.outputs.index(value)]
 
     def _stack(self, axis: int, parts: list[Any], callers: Any, region: Region | None) -> Any:
         """Values of one shape side by side along a new axis."""
@@ -606,6 +623,7 @@ class _Builder:
                     return old.outputs
             alike.append(new)
         self.equations.append(new)
+        self._made.update(dict.fromkeys(outputs, new))
         if not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value)):
             self._moving.update(filter(is_inexact, outputs))
         return new.outputs
@@ -995,32 +1013,36 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
     return definition, rule
 
 
-def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any]) -> float:
+def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any]) -> float:
     """The number of equations, infinite if one does not act entry by entry.
 
-    One that nothing moving enters counts a quarter: it has no derivatives. What moves is added to
-    ``moving``.
+    One that nothing moving enters counts a quarter: it has no derivatives. A branch is chosen by
+    what is known. What moves is added to ``moving``, what is known to ``known``.
     """
     count = 0.0
     for eqn in closed.jaxpr.eqns:
-        inputs = [not isinstance(v, core.Literal) and v in moving for v in eqn.invars]
+        literal = [isinstance(v, core.Literal) for v in eqn.invars]
+        moves = [not x and v in moving for x, v in zip(literal, eqn.invars, strict=True)]
+        knows = [x or v in known for x, v in zip(literal, eqn.invars, strict=True)]
         if eqn.primitive.name in CALLS:
-            count += _count_in(called(eqn), inputs)
-        elif eqn.primitive.name == "cond":
+            count += _count_in(called(eqn), moves, knows)
+        elif eqn.primitive.name == "cond" and knows[0]:
             branches = map(_closed, eqn.params["branches"])
-            count += 1 + sum(_count_in(branch, inputs[1:]) for branch in branches)
+            count += max(_count_in(branch, moves[1:], knows[1:]) for branch in branches)
         elif eqn.primitive.name in ENTRYWISE:
-            count += 1 if any(inputs) else 0.25
+            count += 1 if any(moves) else 0.25
         else:
             return math.inf
-        if any(inputs):
+        if any(moves):
             moving.update(eqn.outvars)
+        elif all(knows):
+            known.update(eqn.outvars)
     return count
 
 
-def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool]) -> float:
-    variables = closed.jaxpr.invars
-    return _count_entrywise(closed, {v for v, m in zip(variables, moves, strict=True) if m})
+def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[bool]) -> float:
+    moving, known = (set(itertools.compress(closed.jaxpr.invars, f)) for f in (moves, knows))
+    return _count_entrywise(closed, moving, known)
 
 
 # A function with a derivative rule of its own may act entry by entry, whatever it is made of

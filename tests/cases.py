@@ -394,6 +394,10 @@ BLOCKS: dict[str, Case] = {
         lambda x: jnp.tanh(lax.map(lambda k: jnp.sin(k * x), NUMBERS).sum(0)),
         x,
     ),
+    "a branch that is not taken, and not defined": (
+        lambda x: lax.map(lambda k: lax.cond(k < 9, jnp.sin, jnp.log, k * x), NUMBERS).sum(0),
+        x,
+    ),
     "bessel_jn": (lambda x: special.bessel_jn(x, v=2, n_iter=12)[1], a),
     # Losses by example
     "cross-entropy by label": (lambda x: optax.losses.softmax_cross_entropy_with_integer_labels(x, LABELS), x),
