@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 import hesscale_jax as hs
 
-STEP = 1e-3
+STEP = 2e-4
 DIFFERENCES = [(k / (12 * STEP), i * STEP) for k, i in ((1, -2), (-8, -1), (8, 1), (-1, 2))]
 
 
