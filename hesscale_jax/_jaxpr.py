@@ -61,10 +61,16 @@ ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "n
 ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
 ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
 
+# What combines all entries along axes, and how it combines two of them.
+REDUCES: dict[str, tuple[Any, Any]] = {
+    "reduce_prod": (lax.mul, lax.reduce_prod),
+    "reduce_sum": (lax.add, lax.reduce_sum),
+}
+
 # The name of a function that has one of another's results begins so, as no name in Python can.
 ONE_RESULT = "result."
 
-# The most equations that a loop is written out to.
+# The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512
 
 # Functions with a derivative rule of their own.
@@ -421,6 +427,9 @@ class _Builder:
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
+        self._stacks: dict[Value, tuple[int, list[Any]]] = {}  # steps' results, side by side
+        self._made: dict[Any, Equation] = {}
+        self._known: dict[Any, Any] = {}  # what is computed of numbers alone, else None
 
     def inline(
         self,
@@ -430,10 +439,12 @@ class _Builder:
         region: Region | None = None,
         written: bool = True,
         in_parts: bool = True,
+        steps: bool = False,
     ) -> list[Any]:
         """Append the equations of ``closed``, ``written`` by the user or by this library.
 
-        What is complex among the operands and the results may be ``in_parts``.
+        What is complex among the operands and the results may be ``in_parts``. In ``steps`` of a
+        loop that are written out, a branch is chosen now.
         """
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -450,9 +461,19 @@ class _Builder:
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), _region(eqn, region)
-                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
-            elif eqn.primitive.name == "scan" and _is_short(eqn):
+                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts, steps=steps)
+            elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
+            elif steps and eqn.primitive.name == "cond":
+                which, *operands = inputs
+                branch = _closed(eqn.params["branches"][int(self._number(which))])
+                within = (eqn, *callers), region
+                results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
+            elif stack := self._of_stack(eqn, inputs):
+                results = [self._stack(*stack, (eqn, *callers), region)]
+            elif reduced := self._of_reduced_stack(eqn, inputs):
+                combined, parts = reduced
+                results = self.inline(combined, parts, (eqn, *callers), region)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
@@ -477,14 +498,111 @@ class _Builder:
     ) -> list[Any]:
         """The steps of a loop, one after the other: a block may cross them."""
         consts, carry, xs = ([inputs[i] for i in group] for group in scan_groups(eqn))
+        stacks: dict[int, list[Any]] = {}
         avals = [eqn.invars[i].aval for i in scan_groups(eqn)[2]]
         times = range(eqn.params["length"])
         for t in reversed(times) if eqn.params["reverse"] else times:
             part = trace(lambda *xs, t=t: [lax.index_in_dim(x, t, 0, False) for x in xs], *avals)
             here = self.inline(part, xs, callers, region)
+            here = [self._entry(x, t, y) for x, y in zip(xs, here, strict=True)]
             step = _closed(eqn.params["jaxpr"]), [*consts, *carry, *here]
-            carry = self.inline(*step, callers, region, in_parts=in_parts)
-        return carry
+            results = self.inline(*step, callers, region, in_parts=in_parts, steps=True)
+            carry, stacks[t] = results[: len(carry)], results[len(carry) :]
+        stacked = zip(*(stacks[t] for t in times), strict=True)
+        return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
+
+    def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a loop acts entry by entry on what it carries, in few equations over all steps.
+
+        What the steps hand out is stacked, if it is a table's: if nothing moves that is scanned
+        over.
+        """
+        length = eqn.params["length"]
+        _, carry, xs = scan_groups(eqn)
+        if not isinstance(length, int) or not length or eqn.effects:
+            return False
+        avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
+        if len(eqn.outvars) > len(carry) and (
+            any(moves[i] for i in xs) or any(map(is_complex, avals))
+        ):
+            return False
+        closed = _closed(eqn.params["jaxpr"])
+        variables = closed.jaxpr.invars
+        moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
+        known = {variables[i] for i in xs if self._entry(inputs[i], 0, None) is not None}
+        return _count_entrywise(closed, moving, known) * length <= SHORT
+
+    def _entry(self, table: Any, t: int, other: Any) -> Any:
+        """A number of a table that is known, or the ``other``."""
+        if len(table.shape) != 1 or (numbers := self._number(table)) is None:
+            return other
+        return self._constant(np.asarray(numbers)[t])
+
+    def _number(self, atom: Any) -> Any:
+        """What is computed of numbers alone; ``None`` if it is not, or is large."""
+        if isinstance(atom, Constant):
+            known = size(atom.shape) <= SHORT and not isinstance(atom.value, jax.core.Tracer)
+            return atom.value if known and not isinstance(atom.value, jax.Ref) else None
+        if atom not in self._known:
+            self._known[atom] = self._computed(atom)
+        return self._known[atom]
+
+    def _computed(self, value: Value) -> Any:
+        eqn = self._made.get(value)
+        if eqn is None or eqn.sources[0].effects or eqn.name not in ENTRYWISE | {"iota"}:
+            return None
+        operands = list(map(self._number, eqn.inputs))
+        if not isinstance(size(value.shape), int) or size(value.shape) > SHORT:
+            return None
+        if any(x is None for x in operands):
+            return None
+        with jax.ensure_compile_time_eval():
+            return listed(bind(eqn, *operands), eqn)[eqn.outputs.index(value)]
+
+    def _stack(self, axis: int, parts: list[Any], callers: Any, region: Region | None) -> Any:
+        """Values of one shape side by side along a new axis."""
+
+        def stack(*parts: Any) -> Any:
+            return lax.concatenate([lax.expand_dims(x, (axis,)) for x in parts], axis)
+
+        (stacked,) = self.inline(trace(stack, *map(_aval, parts)), parts, callers, region)
+        self._stacks[stacked] = axis, parts
+        return stacked
+
+    def _of_stack(self, eqn: Any, inputs: Sequence[Any]) -> tuple[int, list[Any]] | None:
+        """The stack that a slice or a transposition of one is."""
+        axis, parts = self._stacks.get(inputs[0], (0, [])) if inputs else (0, [])
+        params = eqn.params
+        if not parts:
+            return None
+        if eqn.primitive.name == "slice":
+            shapes = zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, strict=True)
+            if any(n != m for i, (n, m) in enumerate(shapes) if i != axis):
+                return None
+            step = params["strides"][axis] if params["strides"] else 1
+            return axis, parts[params["start_indices"][axis] : params["limit_indices"][axis] : step]
+        if eqn.primitive.name == "transpose":
+            order = params["permutation"]
+            rest = [i for i in order if i != axis]
+            return (order.index(axis), parts) if rest == sorted(rest) else None
+        return None
+
+    def _of_reduced_stack(
+        self, eqn: Any, inputs: Sequence[Any]
+    ) -> tuple[core.ClosedJaxpr, list[Any]] | None:
+        """What a sum or a product over a stack's axis is, of the parts."""
+        axis, parts = self._stacks.get(inputs[0], (0, [])) if inputs else (0, [])
+        combine, reduce = REDUCES.get(eqn.primitive.name, (None, None))
+        if not parts or reduce is None or axis not in eqn.params["axes"]:
+            return None
+        others = tuple(i - (i > axis) for i in eqn.params["axes"] if i != axis)
+
+        def combined(*parts: Any) -> Any:
+            result = functools.reduce(combine, parts)
+            return reduce(result, others) if others else result
+
+        return trace(combined, *map(_aval, parts)), parts
 
     def _append(
         self,
@@ -505,6 +623,7 @@ class _Builder:
                     return old.outputs
             alike.append(new)
         self.equations.append(new)
+        self._made.update(dict.fromkeys(outputs, new))
         if not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value)):
             self._moving.update(filter(is_inexact, outputs))
         return new.outputs
@@ -605,6 +724,10 @@ class _Builder:
             # Bit by bit: 0.0 and -0.0 are equal, but not the same operand.
             key = (type(value), np.asarray(value).dtype, np.asarray(value).tobytes())
         return self._constants.setdefault(key, Constant(value))
+
+
+def _aval(x: Value | Constant) -> Any:
+    return x.aval if isinstance(x, Value) else jax.typeof(x.value)
 
 
 def _real_aval(aval: Any) -> Any:
@@ -894,25 +1017,36 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
     return definition, rule
 
 
-def _is_short(eqn: Any) -> bool:
-    """Whether a loop acts entry by entry on what it carries, in few equations over all steps."""
-    length = eqn.params["length"]
-    hands_on_all = len(eqn.outvars) == len(scan_groups(eqn)[1])
-    if not (isinstance(length, int) and hands_on_all) or eqn.effects:
-        return False
-    return _count_entrywise(_closed(eqn.params["jaxpr"])) * length <= SHORT
+def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any]) -> float:
+    """The number of equations, infinite if one does not act entry by entry.
+
+    One that nothing moving enters counts a quarter: it has no derivatives. A branch is chosen by
+    what is known. What moves is added to ``moving``, what is known to ``known``.
+    """
+    count = 0.0
+    for eqn in closed.jaxpr.eqns:
+        literal = [isinstance(v, core.Literal) for v in eqn.invars]
+        moves = [not x and v in moving for x, v in zip(literal, eqn.invars, strict=True)]
+        knows = [x or v in known for x, v in zip(literal, eqn.invars, strict=True)]
+        if eqn.primitive.name in CALLS:
+            count += _count_in(called(eqn), moves, knows)
+        elif eqn.primitive.name == "cond" and knows[0]:
+            branches = map(_closed, eqn.params["branches"])
+            count += max(_count_in(branch, moves[1:], knows[1:]) for branch in branches)
+        elif eqn.primitive.name in ENTRYWISE:
+            count += 1 if any(moves) else 0.25
+        else:
+            return math.inf
+        if any(moves):
+            moving.update(eqn.outvars)
+        elif all(knows):
+            known.update(eqn.outvars)
+    return count
 
 
-def _count_entrywise(closed: core.ClosedJaxpr) -> float:
-    """The number of equations, infinite if one does not act entry by entry."""
-    return sum(
-        _count_entrywise(called(eqn))
-        if eqn.primitive.name in CALLS
-        else 1
-        if eqn.primitive.name in ENTRYWISE
-        else math.inf
-        for eqn in closed.jaxpr.eqns
-    )
+def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[bool]) -> float:
+    moving, known = (set(itertools.compress(closed.jaxpr.invars, f)) for f in (moves, knows))
+    return _count_entrywise(closed, moving, known)
 
 
 # A function with a derivative rule of its own may act entry by entry, whatever it is made of

@@ -26,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy import special
 
 LABELS = np.array([0, 3, 2, 5])
+NUMBERS = np.array([0.3, -0.2, 0.7, 0.1])
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -383,6 +384,21 @@ BLOCKS: dict[str, Case] = {
     "row mean subtracted from a square": (lambda x: x - x.mean(1)[:, None], normal(4, 4)),
     "no entries": (lambda x, e: x + e.sum(), x, normal(0, 3)),
     "a long chain that takes in a reduction at each step": (lambda x: shrunk(x, 60), x),
+    # Steps of a loop side by side
+    "steps added up": (lambda x: in_steps(x).sum(0), x),
+    "steps added up, over other axes too": (lambda x: jnp.exp(in_steps(x).sum((0, 2))), x),
+    "the last step": (lambda x: in_steps(x)[-1], x),
+    "steps multiplied": (lambda x: in_steps(x)[::2].prod(0) - in_steps(x)[1], x),
+    "steps by the carry, transposed": (lambda x: by_carry(x), x),
+    "a function of each number of a table": (
+        lambda x: jnp.tanh(lax.map(lambda k: jnp.sin(k * x), NUMBERS).sum(0)),
+        x,
+    ),
+    "a branch that is not taken, and not defined": (
+        lambda x: lax.map(lambda k: lax.cond(k < 9, jnp.sin, jnp.log, k * x), NUMBERS).sum(0),
+        x,
+    ),
+    "bessel_jn": (lambda x: special.bessel_jn(x, v=2, n_iter=12)[1], a),
     # Losses by example
     "cross-entropy by label": (lambda x: optax.losses.softmax_cross_entropy_with_integer_labels(x, LABELS), x),
     "cross-entropy, one-hot": (lambda x: optax.losses.softmax_cross_entropy(x, nn.one_hot(LABELS, 6)), x),
@@ -823,6 +839,27 @@ def built(module: type[nnx.Module], x: jax.Array, *args: Any) -> jax.Array:
     """The output of a new module for the last axis of ``x``."""
     features = x.shape[-1]
     return module(features, *args, dtype=x.dtype, param_dtype=x.dtype, rngs=nnx.Rngs(0))(x)
+
+
+def steps(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A loop with a branch, its last carry and what it hands out at each step."""
+
+    def step(c: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = lax.cond(k > 0, lambda c: c * x + k, lambda c: c - x * x, c)
+        return c, c * x
+
+    return lax.scan(step, x, NUMBERS, reverse=True)
+
+
+def in_steps(x: jax.Array) -> jax.Array:
+    """What a loop hands out at each step."""
+    return steps(x)[1]
+
+
+def by_carry(x: jax.Array) -> jax.Array:
+    """Some of what a loop hands out, on the last axis, by what it carries."""
+    last, each = steps(x)
+    return jnp.moveaxis(each[1:3], 0, -1) / (2 + last * last)[..., None]
 
 
 def low(x: jax.Array) -> jax.Array:
