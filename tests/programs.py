@@ -867,7 +867,7 @@ def units(rng: random.Random) -> Case:
 
 def penalized(rng: random.Random) -> Case:
     """An L2 penalty, added to a loss whose diagonal is exact."""
-    fun, args, exact = rng.choice((chain, last_layer, units))(rng)
+    fun, args, exact, _ = rng.choice((chain, last_layer, units))(rng)
     rate = rng.choice((0.1, 2.0))
 
     def f(*args: jax.Array) -> jax.Array:
@@ -897,7 +897,7 @@ def check_reference(test: Case) -> None:
 
 def check_diagonal(test: Case, curvature: str = "hessian") -> list[Any]:
     """The gradient is right everywhere, the diagonal where it is exact."""
-    fun, args, exact = test
+    fun, args, exact, _ = test
     everywhere = range(len(args))
 
     @jax.jit
