@@ -175,8 +175,9 @@ def check_hesscale(
       >>> print(check_hesscale(loss, params, x, key=jax.random.key(0), num_coordinates=50))
               size  compared  error  sign  rank
       first     80        50  0.220  0.96  0.98
-      out       18        18  0.000  1.00  1.00
       second    60        50  0.000  1.00  1.00
+      out       18        18  0.000  1.00  1.00
+      median                  0.000  1.00  1.00
       total    158       118  0.104  0.98  0.99
     """
     if num_coordinates < 1:
