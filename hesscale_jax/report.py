@@ -378,8 +378,8 @@ def source(step: Step) -> str:
     """The library's line, and the user's by way of which it came: ``lib.py:3 (via loss.py:7)``."""
     if not step.library or step.library in step.lines:
         return shortened(step.lines)
-    via = shortened(step.lines, parts=1)
-    return f"{cut(shortened([step.library], parts=3), 2 * LINES - len(via))} (via {via})"
+    library = re.sub(r".*[/\\](site|dist)-packages[/\\]", "", step.library)
+    return f"{library} (via {shortened(step.lines, parts=1)})"
 
 
 def _shortened(file: str, parts: int) -> str:

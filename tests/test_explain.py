@@ -128,7 +128,9 @@ def test_a_library_s_line_is_shown_with_the_user_s():
     assert scores.lines[0] == user
     shown = source(scores)
     number = scores.library.rsplit(":", 1)[1]
-    assert shown == f"nnx/nn/attention.py:{number} (via test_explain.py:{user.rsplit(':', 1)[1]})"
+    assert (
+        shown == f"flax/nnx/nn/attention.py:{number} (via test_explain.py:{user.rsplit(':', 1)[1]})"
+    )
     assert shown in str(report)
     (first, *_) = hs.explain(residual)(RESIDUAL, array(5, 6)).steps
     assert first.library == ""
