@@ -376,7 +376,7 @@ def test_the_layers_of_a_gpt_are_folded():
     assert text.count("\nx 4\n") == 1
     assert len(text.splitlines()) < 45
     assert re.findall(r"(?<=  x )\d+$", text, re.MULTILINE) == ["4", "4", "3"]
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(len(line) <= 140 for line in text.splitlines())
 
 
 def test_a_large_program_takes_no_time():
