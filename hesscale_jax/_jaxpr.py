@@ -265,12 +265,20 @@ def user_frame(eqn: Equation) -> Any:
     return next(outside, frames[0] if frames else None)
 
 
+def library_frame(eqn: Equation) -> Any:
+    """The innermost frame, if it is in an installed library, else ``None``; JAX's are not known."""
+    for source in eqn.sources:
+        for frame in source_info_util.user_frames(source.source_info.traceback):
+            return frame if frame.file_name.startswith(INSTALLED) else None
+    return None
+
+
 def label(eqn: Equation) -> str:
     """The primitive, with the name of the function that it runs: ``custom_vjp_call[f]``."""
     name: str | None
     match eqn.name:
         case "custom_jvp_call" | "custom_vjp_call":
-            name = _name(eqn)
+            name = _wrapped(eqn) or _name(eqn)
         case "pallas_call":
             name = eqn.params["name"]
         case "ffi_call":
@@ -384,6 +392,23 @@ def _holds_jaxpr(parameter: Any) -> bool:
 def _name(eqn: Equation) -> str:
     """The name of the function with a derivative rule of its own that an equation calls."""
     return eqn.params["call_jaxpr"].jaxpr.debug_info.func_name or ""
+
+
+def _wrapped(eqn: Equation) -> str | None:
+    """The name of the user's function that a wrapper of an installed library calls, if it does.
+
+    ``equinox.filter_custom_vjp`` gives every function to JAX under the wrapper's own name.
+    """
+    for inner in eqn.params["call_jaxpr"].jaxpr.eqns[:1]:
+        frames = list(source_info_util.user_frames(inner.source_info.traceback))
+        for called, caller in itertools.pairwise(frames):
+            if _last(caller) == _name(eqn) and caller.file_name.startswith(INSTALLED):
+                return None if called.file_name.startswith(INSTALLED) else _last(called)
+    return None
+
+
+def _last(frame: Any) -> str:
+    return str(frame.function_name).rsplit(".", 1)[-1]
 
 
 def is_inexact(value: Value) -> bool:

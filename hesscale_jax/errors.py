@@ -38,10 +38,11 @@ class UnsupportedPrimitiveError(NotImplementedError):
 
     def within(self, function: str) -> "UnsupportedPrimitiveError":
         """The same for a function with a derivative rule of its own, in the body of which it is."""
-        error = UnsupportedPrimitiveError(self.primitive, self.location)
+        error = UnsupportedPrimitiveError(self.primitive, self.location, self.reason)
         error.args = (
-            f"no rule for {self.primitive!r} (used at {self.location}), which stands in the body "
-            f"of {function!r}. Its gradient is that of its own rule, but its curvature is taken "
+            f"{self.reason + ': ' if self.reason else ''}no rule for {self.primitive!r} "
+            f"(used at {self.location}), which stands in the body of {function!r}. "
+            "Its gradient is that of its own rule, but its curvature is taken "
             "from that body. Options: (1) pass the same function written in JAX: hesscale(fun, "
             f"rules=hesscale_jax.RULES | {{{function!r}: hesscale_jax.rules.defined_by(function)}})"
             "; (2) pass a rule of your own instead, where rule(eqn, operands, recurse) returns one "
@@ -55,7 +56,7 @@ class WhileLoopError(UnsupportedPrimitiveError, ValueError):
     """A ``while_loop`` of unknown length on the path: ``jax.grad`` raises ``ValueError`` for it."""
 
     def __init__(self, location: str) -> None:
-        super().__init__("while", location)
+        super().__init__("while", location, "how many steps a while_loop takes is not known")
         self.args = (
             "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
             f"dynamic start/stop values (used at {location}), here as in jax.grad. Try using "

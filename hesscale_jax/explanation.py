@@ -273,6 +273,7 @@ class _Explanation:
             primitives=tuple(eqn.name for eqn in unit.equations),
             results=tuple(map(_described, unit.results)),
             lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
+            library=next(filter(None, map(_library_line, unit.equations)), ""),
             marks=tuple(self._marks(unit)),
             reason=reason,
             bodies=tuple(self._bodies(first)),
@@ -457,5 +458,12 @@ def _described(value: Any) -> str:
 
 def _line(eqn: Equation) -> str:
     """Where the user wrote an equation or called the library that did; empty if not known."""
-    frame = _jaxpr.user_frame(eqn)
+    return _place(_jaxpr.user_frame(eqn))
+
+
+def _library_line(eqn: Equation) -> str:
+    return _place(_jaxpr.library_frame(eqn))
+
+
+def _place(frame: Any) -> str:
     return f"{frame.file_name}:{frame.start_line}" if frame else ""

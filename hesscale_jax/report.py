@@ -27,6 +27,8 @@ class Step:
       primitives: The names of its equations, in program order.
       results: The dtype and shape of what it hands on, as in ``"f32[8,16]"``.
       lines: Where its equations were written, each ``"file:line"`` once, in program order.
+      library: Where the first of its equations that an installed library wrote stands there, as
+        ``"file:line"``; empty if none did.
       marks: ``"head"`` or ``"model"`` for Gauss-Newton, or both if the step belongs to both;
         ``"checkpoint"`` inside of ``jax.checkpoint``.
       reason: Why it has no rule, ``None`` if it has one.
@@ -37,6 +39,7 @@ class Step:
     primitives: tuple[str, ...]
     results: tuple[str, ...]
     lines: tuple[str, ...]
+    library: str = ""
     marks: tuple[str, ...] = ()
     reason: str | None = None
     bodies: "tuple[Report, ...]" = ()
@@ -78,7 +81,8 @@ class Shared:
 class Report:
     """What ``hesscale`` makes of a loss, or of a program inside of it.
 
-    ``str(report)`` is plain text of about 100 columns; printed with rich, it has colours.
+    ``str(report)`` is plain text of about 100 columns, some more where a library's line and the
+    user's are shown; printed with rich, it has colours.
 
     Attributes:
       title: What the program is.
@@ -127,10 +131,14 @@ class Report:
 
 
 class Group(NamedTuple):
-    """A run of nodes that comes several times; a node is an index or a group."""
+    """A run of nodes that comes several times; a node is an index or a group.
+
+    The last time it may end early, after the step ``last``.
+    """
 
     repeats: int
     nodes: "list[int | Group]"
+    last: int | None = None
 
 
 class Place(NamedTuple):
@@ -153,8 +161,15 @@ def folded(keys: Sequence[int], start: int = 0) -> tuple[list[int | Group], list
             places.append(Place(start + i))
         else:
             inner, shown = folded(keys[i : i + period], start + i)
-            nodes.append(Group(repeats, inner))
-            places += [Place(p.step, r, start + i) for r in range(repeats) for p in shown]
+            rest = keys[i + period * repeats : i + period * (repeats + 1)]
+            same = zip(rest, keys[i : i + period], strict=False)
+            alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], same)))
+            alike *= 2 * alike > period  # most of a last layer
+            last = shown[alike - 1].step if alike else None
+            nodes.append(Group(repeats + bool(alike), inner, last))
+            every = shown * repeats + shown[:alike]
+            places += [Place(p.step, n // period, start + i) for n, p in enumerate(every)]
+            i += alike
         i += period * repeats
     return nodes, places
 
@@ -211,7 +226,8 @@ class _Page:
             elif len(node.nodes) == 1 and isinstance(node.nodes[0], int):
                 yield from self._step(node.nodes[0], margin, f"  x {node.repeats}")
             else:
-                yield (f"{margin}x {node.repeats}",)
+                early = "" if node.last is None else f", the last up to {self._number(node.last)}"
+                yield (f"{margin}x {node.repeats}{early}",)
                 yield from self._rows(node.nodes, margin + "| ")
 
     def _step(self, index: int, margin: str, repeats: str = "") -> Iterator[tuple[str, ...]]:
@@ -221,7 +237,7 @@ class _Page:
             step.rule,
             cut(primitives(step.primitives), PRIMITIVES - len(repeats)) + repeats,
             cut(", ".join(dict.fromkeys(step.results)), RESULTS),
-            shortened(step.lines),
+            source(step),
             ", ".join(step.marks),
         )
         for page in self._bodies.get(index, ()):
@@ -324,7 +340,8 @@ def relative(place: Place, base: Place) -> str:
 def _essence(step: Step) -> Step:
     """What steps that are shown once have in common."""
     results = tuple(dict.fromkeys(step.results))
-    return dataclasses.replace(step, results=results, lines=step.lines[:1])
+    lines = () if step.library else step.lines[:1]  # a layer may be called from several lines
+    return dataclasses.replace(step, results=results, lines=lines)
 
 
 def repeated(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -348,19 +365,27 @@ def primitives(names: Sequence[str]) -> str:
     return text if len(set(names)) == len(names) else text + count
 
 
-def shortened(lines: Sequence[str]) -> str:
-    """The lines by file, relative to the working directory or with the last two parts of it."""
+def shortened(lines: Sequence[str], parts: int = 2) -> str:
+    """The lines by file, relative to the working directory or with the last parts of it."""
     files: dict[str, list[str]] = {}
     for file, number in (line.rsplit(":", 1) for line in lines):
         files.setdefault(file, []).append(number)
-    text = ", ".join(f"{_shortened(file)}:{','.join(n)}" for file, n in files.items())
+    text = ", ".join(f"{_shortened(file, parts)}:{','.join(n)}" for file, n in files.items())
     return cut(text, LINES)
 
 
-def _shortened(file: str) -> str:
+def source(step: Step) -> str:
+    """The library's line, and the user's by way of which it came: ``lib.py:3 (via loss.py:7)``."""
+    if not step.library or step.library in step.lines:
+        return shortened(step.lines)
+    library = re.sub(r".*[/\\](site|dist)-packages[/\\]", "", step.library)
+    return f"{library} (via {shortened(step.lines, parts=1)})"
+
+
+def _shortened(file: str, parts: int) -> str:
     path, here = pathlib.Path(file), pathlib.Path.cwd()
     relative = path.relative_to(here) if path.is_relative_to(here) else path
-    return str(relative if len(relative.parts) <= 2 else pathlib.Path(*relative.parts[-2:]))
+    return str(relative if len(relative.parts) <= parts else pathlib.Path(*relative.parts[-parts:]))
 
 
 def cut(text: str, width: int) -> str:

@@ -9,6 +9,8 @@ cotangents ``g`` of the shift and ``h`` of the spread,
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,9 @@ __all__ = ["Agreement", "Report", "check_hesscale", "check_rule"]
 # How many Hessian-vector products are computed at a time.
 BATCH = 8
 
+# How many parameters a table shows.
+SHOWN = 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
@@ -36,10 +41,16 @@ class Agreement:
       size: How many entries it has.
       compared: How many of them were compared.
       error: Relative L1 error, ``sum |estimate - exact| / sum |exact|``: 1 for an estimate of zero.
-        It is 0 where there is no difference, and infinite where only the exact entries are all 0.
+        It is 0 where there is no difference. Where the exact entries are 0 but for rounding, at
+        most ``min(128 eps, 0.01)`` of the largest of all parameters, it is
+        ``mean |estimate - exact|`` relative to ``mean |exact|`` over all parameters: infinite if
+        those are all 0. It is NaN where the difference is.
       sign_agreement: The fraction of entries with the same sign; 0 agrees with 0 alone.
       rank_correlation: Spearman's: 1 if the estimate orders the entries as the exact ones are. NaN
-        where there is no order: one entry, or all of the estimate or of the exact entries equal.
+        where there is no order: one entry, or all of the estimate or of the exact entries equal, or
+        one that is not finite.
+      note: That the exact entries are about 0, and how large the estimate is there; which of the
+        gradient, the estimate and the exact entries has a NaN or an infinity. Else empty.
     """
 
     path: str
@@ -48,6 +59,7 @@ class Agreement:
     error: float
     sign_agreement: float
     rank_correlation: float
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Report:
     """What :func:`check_hesscale` finds. It prints as a table.
 
     Attributes:
-      leaves: The agreement of each parameter.
+      leaves: The agreement of each parameter, in the order of the tree.
       total: The agreement of the whole. Its error and sign agreement estimate those of the whole
         diagonal: a parameter counts by its size, however many of its entries were compared. Its
         rank correlation is that of all compared entries together.
@@ -64,25 +76,43 @@ class Report:
     leaves: tuple[Agreement, ...]
     total: Agreement
 
+    @property
+    def worst_first(self) -> tuple[Agreement, ...]:
+        """The leaves, those without a finite error first, then by their error."""
+        return tuple(sorted(self.leaves, key=lambda row: _worst(row.error), reverse=True))
+
     def __str__(self) -> str:
-        """A table: a line for each parameter, the total last."""
-        header = ["", "size", "compared", "error", "sign", "rank"]
-        rows = [
-            [
-                row.path,
-                f"{row.size}",
-                f"{row.compared}",
-                f"{row.error:.3f}",
-                f"{row.sign_agreement:.2f}",
-                f"{row.rank_correlation:.2f}",
-            ]
-            for row in (*self.leaves, self.total)
+        """A table: a line for each parameter, the worst first, then their median and the total."""
+        rows = [_cells(row) for row in self.worst_first[:SHOWN]]
+        more = [f"... {len(self.leaves) - SHOWN} more"] * (len(self.leaves) > SHOWN)
+        header = ["", "size", "compared", "error", "sign", "rank", ""]
+        last = [self._median(), _cells(self.total)]
+        widths = [max(map(len, column)) for column in zip(header, *rows, *last, strict=True)]
+        table = [
+            "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), note]).rstrip()
+            for name, *cells, note in (header, *rows, *last)
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        return "\n".join(
-            "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
-            for name, *cells in (header, *rows)
-        )
+        return "\n".join([*table[:-2], *more, *table[-2:]])
+
+    def _median(self) -> list[str]:
+        """The median of each figure, without those that are NaN; such an error counts as inf."""
+        figures = [
+            [_worst(row.error) for row in self.leaves],
+            [row.sign_agreement for row in self.leaves],
+            [row.rank_correlation for row in self.leaves],
+        ]
+        known = [[x for x in column if not np.isnan(x)] or [np.nan] for column in figures]
+        error, sign, rank = map(np.median, known)
+        return ["median", "", "", f"{error:.3f}", f"{sign:.2f}", f"{rank:.2f}", ""]
+
+
+def _worst(error: float) -> float:
+    return np.inf if np.isnan(error) else error
+
+
+def _cells(row: Agreement) -> list[str]:
+    figures = f"{row.error:.3f}", f"{row.sign_agreement:.2f}", f"{row.rank_correlation:.2f}"
+    return [row.path, f"{row.size}", f"{row.compared}", *figures, row.note]
 
 
 def check_hesscale(
@@ -98,9 +128,10 @@ def check_hesscale(
     """How good the diagonal is on a model of yours, by exact entries of the Hessian.
 
     Entry ``i`` of the Hessian's diagonal is ``e_i^T H e_i``, a Hessian-vector product that costs a
-    few gradients. At most ``num_coordinates`` are computed for every array of parameters, a few at
-    a time, so a small batch is advisable. The gradient is compared with that of ``jax.grad``, too.
-    Everything is compiled, with matrix products in the highest precision.
+    few gradients: a derivative of what ``jax.grad`` returns, so that of a function with a rule of
+    its own it is that rule's. At most ``num_coordinates`` are computed for every array of
+    parameters, a few at a time, so a small batch is advisable. The gradient is compared with that
+    of ``jax.grad``, too. Everything is compiled, with matrix products in the highest precision.
 
     Args:
       fun: The loss, as for :func:`hesscale_jax.hesscale`.
@@ -119,9 +150,10 @@ def check_hesscale(
 
     Raises:
       AssertionError: The gradient is not that of ``jax.grad``: an entry is off by more than
-        ``sqrt(eps)`` of the largest entry of its array, or of 0.01 of the largest of all.
-      TypeError: The gradient has no forward derivative in JAX: the forward rule of a
-        ``jax.custom_vjp`` calls the function itself, say.
+        ``sqrt(eps)`` of the largest entry of its array, or of 0.01 of the largest of all, or is
+        NaN or infinite where that of ``jax.grad`` is not.
+      TypeError: ``jax.grad`` of the loss has itself no derivative in JAX: the rule of a
+        ``jax.custom_vjp`` is a kernel or a callback, say.
       UnsupportedPrimitiveError: As from :func:`hesscale_jax.hesscale`.
       ValueError: ``num_coordinates`` is less than 1.
 
@@ -143,8 +175,9 @@ def check_hesscale(
       >>> print(check_hesscale(loss, params, x, key=jax.random.key(0), num_coordinates=50))
               size  compared  error  sign  rank
       first     80        50  0.220  0.96  0.98
-      out       18        18  0.000  1.00  1.00
       second    60        50  0.000  1.00  1.00
+      out       18        18  0.000  1.00  1.00
+      median                  0.000  1.00  1.00
       total    158       118  0.104  0.98  0.99
     """
     if num_coordinates < 1:
@@ -163,19 +196,40 @@ def check_hesscale(
 
     with jax.default_matmul_precision("highest"):
         grads, diagonal = jax.jit(hesscale(loss, curvature=curvature, rules=rules))(leaves)
-        _assert_gradients_close(paths, grads, jax.jit(jax.grad(loss))(leaves))
+        expected = jax.jit(jax.grad(loss))(leaves)
+        _assert_gradients_close(paths, grads, expected)
         sizes = [h.size for h in diagonal]
         chosen = _choose(key, sizes, num_coordinates)
         exact = _exact_entries(loss, leaves, chosen)
 
-    estimates = [
-        np.asarray(h, np.float64).ravel()[at] for h, at in zip(diagonal, chosen, strict=True)
-    ]
+    of_leaves = [np.asarray(h, np.float64).ravel() for h in diagonal]
+    estimates = [h[at] for h, at in zip(of_leaves, chosen, strict=True)]
     # How many entries of its array each of the compared ones stands for.
     weights = [np.full(len(at), n / max(len(at), 1)) for n, at in zip(sizes, chosen, strict=True)]
+    estimate, every, weight = map(np.concatenate, (estimates, exact, weights))
+    magnitude = np.where(np.isfinite(every), np.abs(every), 0)
+    mean, largest = weight @ magnitude / max(weight.sum(), 1), np.max(magnitude, initial=0)
     return Report(
-        tuple(map(_agreement, paths, sizes, estimates, exact, weights)),
-        _agreement("total", sum(sizes), *map(np.concatenate, (estimates, exact, weights))),
+        tuple(
+            _agreement(
+                path,
+                *(h, e, x, w),
+                # What sums of many terms that cancel leave; in bfloat16, entries of use come near.
+                zero=min(128 * float(jnp.finfo(grad.dtype).eps), 0.01) * largest,
+                mean=mean,
+                grad=np.asarray(grad, np.float64),
+            )
+            for path, h, e, x, w, grad in zip(
+                paths, of_leaves, estimates, exact, weights, expected, strict=True
+            )
+        ),
+        _agreement(
+            "total",
+            *(np.concatenate(of_leaves), estimate, every, weight),
+            zero=0.0,
+            mean=mean,
+            grad=np.concatenate([np.asarray(grad, np.float64).ravel() for grad in expected]),
+        ),
     )
 
 
@@ -190,11 +244,12 @@ def _paths(tree: Any) -> list[str]:
 def _assert_gradients_close(
     paths: Sequence[str], received: Sequence[Any], expected: Sequence[Any]
 ) -> None:
-    largest = [float(np.max(np.abs(grad), initial=0)) for grad in expected]
-    for path, r, e, scale in zip(paths, received, expected, largest, strict=True):
+    wide = [np.asarray(grad, np.float64) for grad in expected]
+    largest = [np.max(np.abs(e), where=np.isfinite(e), initial=0) for e in wide]
+    for path, r, e, known, scale in zip(paths, received, wide, expected, largest, strict=True):
         # Where a gradient is zero but for rounding, only the others tell how much that is.
-        atol = float(jnp.finfo(e.dtype).eps) ** 0.5 * max(scale, 0.01 * max(largest))
-        r, e = (np.asarray(grad, np.float64) for grad in (r, e))
+        atol = float(jnp.finfo(known.dtype).eps) ** 0.5 * max(scale, 0.01 * max(largest))
+        r = np.asarray(r, np.float64)
         np.testing.assert_allclose(r, e, rtol=0, atol=atol, err_msg=f"gradient in {path}")
 
 
@@ -211,42 +266,84 @@ def _exact_entries(
 ) -> list[np.ndarray]:
     """``e_i^T H e_i`` at the chosen positions ``i`` of each array."""
 
-    def entry(leaves: Sequence[Any], number: Any, position: Any) -> Any:
+    def forward(leaves: Sequence[Any], along: Sequence[Any]) -> Any:
+        return jax.jvp(jax.grad(loss), (leaves,), (along,))[1]
+
+    def reverse(leaves: Sequence[Any], along: Sequence[Any]) -> Any:
+        """As precise: no function has to have a forward derivative."""
+        return jax.vjp(jax.grad(loss), leaves)[1](along)[0]
+
+    def entry(column: Any, leaves: Sequence[Any], number: Any, position: Any) -> Any:
         units = [
             ((jnp.arange(leaf.size) == position) & (number == n)).reshape(leaf.shape)
             for n, leaf in enumerate(leaves)
         ]
         along = [unit.astype(leaf.dtype) for unit, leaf in zip(units, leaves, strict=True)]
-        _, column = jax.jvp(jax.grad(loss), (leaves,), (along,))
         return sum(
-            jnp.sum(part, where=unit, dtype=float) for part, unit in zip(column, units, strict=True)
+            jnp.sum(part, where=unit, dtype=float)
+            for part, unit in zip(column(leaves, along), units, strict=True)
         )
-
-    @jax.jit
-    def entries(leaves: Sequence[Any], coordinates: tuple[Any, Any]) -> Any:
-        return jax.lax.map(lambda at: entry(leaves, *at), coordinates, batch_size=BATCH)
 
     counts = [len(at) for at in chosen]
     numbers, positions = np.repeat(np.arange(len(counts)), counts), np.concatenate(chosen)
     # Whole batches: a smaller one at the end would be compiled as another program.
     coordinates = tuple(np.pad(x, (0, -len(x) % BATCH)) for x in (numbers, positions))
-    exact = entries(list(map(jnp.asarray, leaves)), coordinates)
-    return np.split(np.asarray(exact[: len(numbers)], np.float64), np.cumsum(counts)[:-1])
+    args = list(map(jnp.asarray, leaves)), coordinates
+    failures: list[Exception] = []
+    for column, batch in itertools.product((forward, reverse), (BATCH, None)):
+
+        def entries(leaves: Any, coordinates: Any, column: Any = column, batch: Any = batch) -> Any:
+            of = functools.partial(entry, column, leaves)
+            return jax.lax.map(lambda at: of(*at), coordinates, batch_size=batch)
+
+        compiled = jax.jit(entries)
+        try:
+            compiled.lower(*args)
+        except Exception as error:  # whatever a derivative or a batching rule raises.
+            failures.append(error)
+            continue
+        exact = np.asarray(compiled(*args)[: len(numbers)], np.float64)
+        return np.split(exact, np.cumsum(counts)[:-1])
+    raise TypeError(
+        "give the functions with a rule of their own a derivative of that rule, in tests by the "
+        "same written in JAX: exact entries of the Hessian are derivatives of jax.grad(loss), "
+        "and it has none in JAX, neither forward nor reverse"
+    ) from ExceptionGroup("forward and reverse, in batches and one by one", failures)
 
 
 def _agreement(
-    path: str, size: int, estimate: np.ndarray, exact: np.ndarray, weights: np.ndarray
+    path: str,
+    diagonal: np.ndarray,
+    estimate: np.ndarray,
+    exact: np.ndarray,
+    weights: np.ndarray,
+    *,
+    zero: float,
+    mean: float,
+    grad: np.ndarray,
 ) -> Agreement:
-    difference, magnitude = weights @ np.abs(estimate - exact), weights @ np.abs(exact)
-    same_sign = weights @ (np.sign(estimate) == np.sign(exact))
+    """Entries up to ``zero`` are rounding; ``mean`` is that of the exact entries of all arrays."""
+    notes = [
+        f"{kind} in the {what}"
+        for what, x in (("gradient", grad), ("estimate", diagonal), ("exact entries", exact))
+        for kind, found in (("NaN", np.isnan), ("inf", np.isinf))
+        if found(x).any()
+    ]
     with np.errstate(divide="ignore", invalid="ignore"):
+        difference, magnitude = weights @ np.abs(estimate - exact), weights @ np.abs(exact)
+        if len(exact) and np.max(np.abs(exact)) <= zero:
+            magnitude = weights.sum() * mean
+            notes.insert(0, f"exact ~ 0, estimate {np.max(np.abs(estimate)):.1g}")
+        same_sign = weights @ (np.sign(estimate) == np.sign(exact))
+        ordered = np.isfinite(estimate).all() and np.isfinite(exact).all()
         return Agreement(
             path=path,
-            size=size,
+            size=len(diagonal),
             compared=len(exact),
             error=float(difference / magnitude) if difference else 0.0,
             sign_agreement=float(same_sign / weights.sum()),
-            rank_correlation=_correlation(_ranks(estimate), _ranks(exact)),
+            rank_correlation=_correlation(_ranks(estimate), _ranks(exact)) if ordered else np.nan,
+            note=", ".join(notes),
         )
 
 

@@ -5,17 +5,19 @@ import random
 import re
 import time
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import programs
 import pytest
+from flax import nnx
 from jax import ShapeDtypeStruct as Struct
 
 import hesscale_jax as hs
 from benchmarks import models
-from hesscale_jax.report import folded
+from hesscale_jax.report import Group, folded, source
 
 
 def cross_entropy(logits):
@@ -105,6 +107,56 @@ def test_rules_of_other_kinds_have_names():
     assert {"selection", "your rule my_product", "custom rule"} <= set(found)
 
 
+def attention_stack(layers):
+    model = nnx.List([nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(i)) for i in layers])
+    graphdef, params = nnx.split(model)
+
+    def loss(params, x):
+        for layer in nnx.merge(graphdef, params):
+            x = layer(x)
+        return jnp.mean(x**2)
+
+    with jax.numpy_rank_promotion("allow"):
+        return loss, hs.explain(loss)(params, jnp.ones((2, 4, 8), jnp.float32))
+
+
+def test_a_library_s_line_is_shown_with_the_user_s():
+    loss, report = attention_stack(range(1))
+    user = line_of(loss, "x = layer(x)")
+    scores = next(step for step in report.steps if "exp" in step.primitives)
+    assert re.search(r"flax/nnx/nn/attention\.py:\d+$", scores.library)
+    assert scores.lines[0] == user
+    shown = source(scores)
+    number = scores.library.rsplit(":", 1)[1]
+    assert (
+        shown == f"flax/nnx/nn/attention.py:{number} (via test_explain.py:{user.rsplit(':', 1)[1]})"
+    )
+    assert shown in str(report)
+    (first, *_) = hs.explain(residual)(RESIDUAL, array(5, 6)).steps
+    assert first.library == ""
+    assert source(first).startswith("tests/test_explain.py:")
+
+
+def test_layers_of_a_library_are_folded_wherever_they_are_called():
+    _, report = attention_stack(range(12))
+    assert len(report.steps) > 12 * 8
+    assert len(re.findall(r"^x 12", str(report), re.MULTILINE)) == 1
+    assert len(str(report).splitlines()) < 40
+
+    def loss(params, x):
+        first = nnx.relu(nnx.merge(graphdef, params[0])(x))
+        second = nnx.relu(nnx.merge(graphdef, params[1])(first))
+        third = nnx.relu(nnx.merge(graphdef, params[2])(second))
+        return jnp.sum((third @ jnp.ones((5, 3), x.dtype)) ** 2)
+
+    layers = [nnx.Linear(5, 5, rngs=nnx.Rngs(i)) for i in range(3)]
+    graphdef = nnx.split(layers[0])[0]
+    params = [nnx.split(layer)[1] for layer in layers]
+    with jax.numpy_rank_promotion("allow"):
+        text = str(hs.explain(loss)(params, jnp.ones((2, 5), jnp.float32)))
+    assert re.search(r"^x 3", text, re.MULTILINE)
+
+
 # What has no rule
 
 
@@ -132,6 +184,27 @@ def test_what_has_no_rule_inside_of_a_loop_is_listed():
     report = hs.explain(loss)(array(3, 3), array(5, 3))
     assert report.missing
     assert f"  1.2  {report.missing[0].primitives[0]}" in str(report)
+
+
+def test_an_option_names_the_user_s_function_and_its_key_works():
+    @equinox.filter_custom_vjp
+    def kernel(x):
+        return jax.pure_callback(np.sin, x, x)
+
+    kernel.def_fwd(lambda perturbed, x: (kernel(x), x))
+    kernel.def_bwd(lambda x, g, perturbed, same: g * jnp.cos(x))
+
+    def loss(w):
+        return jnp.sum(kernel(w) ** 2)
+
+    w = jnp.array([0.3, 0.7])
+    with pytest.raises(hs.UnsupportedPrimitiveError, match=r"^JAX has no derivative") as caught:
+        hs.hesscale(loss)(w)
+    (key,) = set(re.findall(r"RULES \| \{'(.*?)'", str(caught.value)))
+    assert key == "custom_vjp_call[kernel]"
+    rules = hs.RULES | {key: hs.rules.defined_by(jnp.sin)}
+    _, received = hs.hesscale(loss, rules=rules)(w)
+    np.testing.assert_allclose(received, 2 * jnp.cos(2 * w), rtol=1e-9)
 
 
 # What is dropped
@@ -303,7 +376,7 @@ def test_the_layers_of_a_gpt_are_folded():
     assert text.count("\nx 4\n") == 1
     assert len(text.splitlines()) < 45
     assert re.findall(r"(?<=  x )\d+$", text, re.MULTILINE) == ["4", "4", "3"]
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(len(line) <= 140 for line in text.splitlines())
 
 
 def test_a_large_program_takes_no_time():
@@ -323,19 +396,29 @@ def test_a_large_program_takes_no_time():
         ("aaa", [(3, [0])]),
         ("xababab", [0, (3, [1, 2])]),
         ("aabaabx", [(2, [(2, [0]), 2]), 6]),
+        ("abcabcabx", [(3, [0, 1, 2], 1), 8]),
+        ("abcabcax", [(2, [0, 1, 2]), 6, 7]),
     ],
 )
 def test_consecutive_repeats_are_folded(keys, shown):
     nodes, places = folded([ord(key) for key in keys])
-    assert nodes == shown
+    assert nodes == grouped(shown)
     assert [keys[place.step] for place in places] == list(keys)
+
+
+def grouped(nodes):
+    made = (
+        node if isinstance(node, int) else Group(node[0], grouped(node[1]), *node[2:])
+        for node in nodes
+    )
+    return list(made)
 
 
 def test_rich_prints_the_same_text():
     rich = pytest.importorskip("rich.console")
     report = hs.explain(residual)(RESIDUAL, array(5, 6))
     file = io.StringIO()
-    rich.Console(file=file, width=120).print(report)
+    rich.Console(file=file, width=160).print(report)
     assert file.getvalue().rstrip() == str(report)
 
 

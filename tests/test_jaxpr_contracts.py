@@ -1,5 +1,6 @@
 """What the library assumes about JAX's internals, one test each."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +226,19 @@ def test_lines_in_libraries_give_way_to_the_users():
     frame = source_info_util.user_frame(eqn.sources[0].source_info.traceback)
     assert frame.file_name.startswith(_jaxpr.INSTALLED)
     assert _jaxpr.user_frame(eqn).file_name == __file__
+    assert _jaxpr.library_frame(eqn).file_name == frame.file_name
+
+
+def test_a_library_s_wrapper_is_next_to_the_function_that_it_calls():
+    @equinox.filter_custom_vjp
+    def kernel(x):
+        return jnp.sin(x)
+
+    kernel.def_fwd(lambda perturbed, x: (kernel(x), x))
+    kernel.def_bwd(lambda x, g, perturbed, same: g * jnp.cos(x))
+    (eqn,) = flatten(trace(kernel, 1.0)).equations
+    assert eqn.params["call_jaxpr"].jaxpr.debug_info.func_name == "fn_wrapped"
+    assert _jaxpr.label(eqn) == "custom_vjp_call[kernel]"
 
 
 def test_what_is_bound_carries_the_user_s_line():

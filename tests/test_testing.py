@@ -1,5 +1,6 @@
 """What `check_hesscale` reports, and that it notices what is wrong."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ from cases import normal
 from flax import linen, nnx
 
 import hesscale_jax as hs
-from hesscale_jax.testing import Agreement, _choose, check_hesscale
+from hesscale_jax.testing import Agreement, Report, _choose, _exact_entries, check_hesscale
 
 KEY = jax.random.key(2)
 X = normal(7, 3, seed=8)
@@ -207,15 +208,219 @@ def test_flax_linen():
 
 def test_prints_an_aligned_table():
     report = check_hesscale(deep, deep_parameters(), key=KEY, num_coordinates=20)
-    header, *rows, total = str(report).splitlines()
+    header, *rows, median, total = str(report).splitlines()
     assert header.split() == ["size", "compared", "error", "sign", "rank"]
     assert [row.split()[:3] for row in rows] == [
-        ["a", "18", "18"],
         ["b", "30", "20"],
+        ["a", "18", "18"],
         ["c", "20", "20"],
     ]
+    assert median.split()[:2] == ["median", f"{by_path(report)['a'].error:.3f}"]
     assert total.startswith("total")
-    assert len({len(line) for line in (header, *rows, total)}) == 1
+    assert len({len(line) for line in (header, *rows, median, total)}) == 1
+
+
+def test_the_worst_leaves_come_first_and_no_more_than_thirty():
+    leaves = [Agreement(f"p{i}", 2, 2, float(i), 1.0, 1.0) for i in range(33)]
+    leaves[7] = dataclasses.replace(leaves[7], error=math.nan, note="NaN in the estimate")
+    report = Report(tuple(leaves), Agreement("total", 66, 66, 9.0, 1.0, 1.0))
+    assert [row.path for row in report.leaves] == [f"p{i}" for i in range(33)]
+    worst = ["p7", *(f"p{i}" for i in range(32, -1, -1) if i != 7)]
+    assert [row.path for row in report.worst_first] == worst
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[1:31]] == worst[:30]
+    assert lines[1].endswith("NaN in the estimate")
+    assert lines[31] == "... 3 more"
+    assert lines[32].split() == ["median", "17.000", "1.00", "1.00"]  # the NaN is above them
+    assert lines[33].split()[:4] == ["total", "66", "66", "9.000"]
+    assert len(lines) == 34
+
+
+# Where the exact entries are 0
+
+
+def attention(params):
+    """The softmax does not change with the bias of the keys: no curvature there."""
+    x = X.astype(params["q"].dtype)
+    q, k, v = (x @ params[name] + params["of_" + name][None] for name in ("q", "k", "v"))
+    return jnp.sum((jax.nn.softmax(q @ k.T) @ v) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_an_error_of_rounding_alone_is_relative_to_the_whole(dtype):
+    params = {name: normal(3, 5, seed=i) for i, name in enumerate("qkv")}
+    params |= {f"of_{name}": normal(5, seed=3 + i) for i, name in enumerate("qkv")}
+    exact = exact_diagonal(attention, params)
+    assert jnp.abs(exact["of_k"]).max() < 1e-12
+    _, estimate = hs.hesscale(attention)(params)
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    rows = by_path(report := check_hesscale(attention, params, key=KEY))
+    flat = jax.flatten_util.ravel_pytree(exact)[0]
+    expected = jnp.abs(estimate["of_k"]).mean() / jnp.abs(flat).mean()
+    rtol = 1e-9 if dtype == jnp.float64 else 1e-3  # float32, through a softmax
+    np.testing.assert_allclose(rows["of_k"].error, expected, rtol=rtol)
+    assert 0.01 < rows["of_k"].error < 10
+    size = float(f"{jnp.abs(estimate['of_k']).max():.1g}")
+    assert rows["of_k"].note == f"exact ~ 0, estimate {size:.1g}"
+    assert not any(row.note for path, row in rows.items() if path != "of_k")
+    assert rows["of_k"].note in str(report)
+    assert not report.total.note
+
+
+# NaN and infinities
+
+
+def wild(params):
+    return jnp.sum(jnp.sqrt(params["root"])) + jnp.sum(params["clean"] ** 4)
+
+
+WILD = {"clean": normal(5), "root": jnp.array([4.0, 0.0, 1.0])}
+
+
+def test_infinities_of_jax_grad_too_are_named():
+    rows = by_path(report := check_hesscale(wild, WILD, key=KEY))
+    assert (rows["clean"].error, rows["clean"].note) == (0, "")
+    assert rows["root"].note == "inf in the gradient, inf in the estimate, inf in the exact entries"
+    assert math.isnan(rows["root"].error)
+    assert rows["root"].sign_agreement == 1
+    assert math.isnan(report.total.error)
+    assert report.worst_first[0].path == "root"
+    assert "nan" in str(report)
+
+
+def test_nans_of_jax_grad_too_are_named():
+    def fun(params):
+        return wild(params) + jnp.sum(jnp.sqrt(params["root"] - 1))
+
+    rows = by_path(check_hesscale(fun, WILD, key=KEY))
+    assert (rows["clean"].error, rows["clean"].note) == (0, "")
+    assert "NaN in the gradient" in rows["root"].note
+    assert rows["root"].sign_agreement < 1
+
+
+def test_a_nan_of_the_estimate_alone_is_named():
+    curved = hs.rules.unary(lambda x, y: (2 * x, jnp.where(x > 0, jnp.nan, 2.0)))
+    rules = hs.RULES | {"square": curved}
+    params = {"a": jnp.array([1.0, -1.0]), "b": jnp.array([-2.0])}
+    rows = by_path(
+        report := check_hesscale(
+            lambda p: jnp.sum(jnp.square(p["a"])) + jnp.sum(jnp.square(p["b"])),
+            params,
+            key=KEY,
+            rules=rules,
+        )
+    )
+    assert (rows["a"].note, rows["a"].sign_agreement) == ("NaN in the estimate", 0.5)
+    assert math.isnan(rows["a"].error)
+    assert (rows["b"].error, rows["b"].note) == (0, "")
+    assert math.isnan(report.total.error)
+
+
+def test_a_nan_of_our_gradient_alone_raises():
+    broken = hs.rules.unary(lambda x, y: (2 * x + jnp.where(x > 0, jnp.nan, 0), 2.0))
+    with pytest.raises(AssertionError, match="gradient in root"):
+        check_hesscale(
+            lambda p: wild(p) + jnp.sum(jnp.square(p["root"])),
+            WILD,
+            key=KEY,
+            rules=hs.RULES | {"square": broken},
+        )
+
+
+def test_an_infinity_does_not_hide_a_wrong_gradient_elsewhere():
+    doubled = hs.rules.unary(lambda x, y: (4 * x**3 * 2, 12 * x**2))
+    with pytest.raises(AssertionError, match="gradient in clean"):
+        check_hesscale(wild, WILD, key=KEY, rules=hs.RULES | {"integer_pow": doubled})
+
+
+# Wherever jax.grad goes
+
+
+@jax.custom_vjp
+def own_tanh(x):
+    return jnp.tanh(x)
+
+
+# Its forward rule calls it: JAX has no forward derivative of its gradient.
+own_tanh.defvjp(lambda x: (own_tanh(x), own_tanh(x)), lambda y, g: (g * (1 - y**2),))
+
+
+@jax.custom_vjp
+def host_sine(x):
+    return jax.pure_callback(np.sin, x, x)
+
+
+@jax.custom_vjp
+def host_cosine(x):
+    return jax.pure_callback(np.cos, x, x)
+
+
+# No callback here can be batched, either.
+host_sine.defvjp(lambda x: (host_sine(x), x), lambda x, g: (g * host_cosine(x),))
+host_cosine.defvjp(lambda x: (host_cosine(x), x), lambda x, g: (-g * host_sine(x),))
+ON_HOST = hs.RULES | {
+    "custom_vjp_call[host_sine]": hs.rules.defined_by(jnp.sin),
+    "custom_vjp_call[host_cosine]": hs.rules.defined_by(jnp.cos),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "same", "rules"),
+    [(own_tanh, jnp.tanh, hs.RULES), (host_sine, jnp.sin, ON_HOST)],
+    ids=["calls itself", "on the host"],
+)
+def test_derivatives_that_are_reverse_only(own, same, rules):
+    def loss(f):
+        return lambda w: jnp.sum(f(f(f(X @ w) @ normal(4, 5)) @ normal(5, 2)) ** 2)
+
+    received = check_hesscale(loss(own), normal(3, 4), key=KEY, rules=rules)
+    expected = check_hesscale(loss(same), normal(3, 4), key=KEY)
+    assert expected.total.error > 0.01
+    np.testing.assert_allclose(received.total.error, expected.total.error, rtol=1e-9)
+
+
+def test_the_exact_entries_are_derivatives_of_a_rule_that_is_not_the_function_s():
+    @jax.custom_vjp
+    def reversed_sine(x):
+        return jnp.sin(x)
+
+    reversed_sine.defvjp(lambda x: (reversed_sine(x), x), lambda x, g: (-g * jnp.cos(x),))
+    (exact,) = _exact_entries(
+        lambda leaves: jnp.sum(reversed_sine(leaves[0])), [X[0]], [np.arange(3)]
+    )
+    np.testing.assert_allclose(exact, jnp.sin(X[0]), rtol=1e-9)
+
+
+def test_products_that_are_not_batched():
+    def loss(w):
+        return jnp.sum(jnp.tanh(jax.lax.ragged_dot(X, w, jnp.array([2, 5]))) ** 2)
+
+    assert check_hesscale(loss, normal(2, 3, 4), key=KEY).total.error < 1e-12
+
+
+def test_references_that_are_written():
+    ref = jax.new_ref(jnp.zeros((7, 4)))
+
+    def loss(w):
+        h = jnp.tanh(X @ w)
+        ref[...] = jax.lax.stop_gradient(h)
+        return jnp.sum(h**2)
+
+    w = normal(3, 4)
+    assert check_hesscale(loss, w, key=KEY).total.error < 1e-12
+    np.testing.assert_allclose(ref[...], jnp.tanh(X @ w), rtol=1e-9)
+
+
+def test_a_gradient_without_a_derivative_says_so():
+    @jax.custom_vjp
+    def sine(x):
+        return jax.pure_callback(np.sin, x, x)
+
+    sine.defvjp(lambda x: (sine(x), x), lambda x, g: (g * jax.pure_callback(np.cos, x, x),))
+    rules = hs.RULES | {"custom_vjp_call[sine]": hs.rules.defined_by(jnp.sin)}
+    with pytest.raises(TypeError, match=r"^give the functions .* a derivative of that") as caught:
+        check_hesscale(lambda w: jnp.sum(sine(w) ** 2), X[0], key=KEY, rules=rules)
+    assert "Pure callbacks do not support JVP" in str(caught.value.__cause__.exceptions)
 
 
 def test_agreement_is_plain_data():
