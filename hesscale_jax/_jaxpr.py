@@ -60,6 +60,7 @@ ENTRYWISE |= {"erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "i
 ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "not", "or", "pow"}
 ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
 ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
+ENTRYWISE |= {"bitcast_convert_type", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
 
 # What combines all entries along axes, and how it combines two of them.
 REDUCES: dict[str, tuple[Any, Any]] = {
@@ -72,6 +73,9 @@ ONE_RESULT = "result."
 
 # The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512
+
+# A primitive of arrays or of types of its own that JAX expands to others, with its own derivative.
+HIGH = "call_hi_primitive"
 
 # Functions with a derivative rule of their own.
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -136,7 +140,7 @@ class Equation:
 
     @functools.cached_property
     def entrywise(self) -> bool:
-        """Whether it is a ``custom_jvp`` function that acts entry by entry."""
+        """Whether it is a function with a rule of its own that acts entry by entry."""
         return acts_entrywise(self)
 
     @functools.cached_property
@@ -1080,9 +1084,10 @@ def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[b
 def acts_entrywise(eqn: Equation) -> bool:
     """Whether each entry of the results depends on the operands' entries at its position alone.
 
-    That is asked of a ``custom_jvp`` function's rule: whether tangents pass through it so.
+    That is asked of a ``custom_jvp`` function's rule: whether tangents pass through it so. Of a
+    primitive that JAX expands to others, it is asked of those.
     """
-    if eqn.name != "custom_jvp_call" or not all(is_inexact(v) for v in eqn.outputs[:1]):
+    if eqn.name not in ("custom_jvp_call", HIGH) or not is_inexact(eqn.outputs[0]):
         return False
     shape = eqn.outputs[0].shape
     values = [v for v in eqn.inputs if isinstance(v, Value)]
@@ -1090,8 +1095,23 @@ def acts_entrywise(eqn: Equation) -> bool:
         return False
     if any(v.shape != shape for v in eqn.outputs):
         return False
+    if eqn.name == HIGH:
+        return shape == () or all(e.name in ENTRYWISE for e in _expansion(eqn).equations)
     program = flatten(_with_derivative(eqn), apart=False)
     return shape == () or _pass_entrywise(program, set(program.inputs[len(values) :]), shape)
+
+
+def has_own_types(eqn: Equation) -> bool:
+    """Whether it takes or returns what is no array."""
+    values = [v for v in (*eqn.inputs, *eqn.outputs) if isinstance(v, Value)]
+    return not all(isinstance(v.aval, core.ShapedArray) for v in values)
+
+
+def _expansion(eqn: Equation) -> Program:
+    """What JAX expands a primitive to, which may lack the primitive's derivative."""
+    primitive = eqn.params["_prim"]
+    operands = jax.tree.unflatten(primitive.in_tree, primitive.in_avals_flat)
+    return flatten(trace(primitive.expand, *operands), apart=False)
 
 
 def _pass_entrywise(program: Program, moving: set[Any], shape: tuple[int, ...]) -> bool:

@@ -379,3 +379,12 @@ def test_a_function_may_close_over_arrays(wrap, within):
     assert_close(grad, jax.grad(loss)(x))
     assert np.isfinite(hess_diag).all()
     assert np.abs(hess_diag).min() > 0
+
+
+def test_a_power_of_two_is_entry_by_entry():
+    # A primitive with types of its own in newer versions of JAX.
+    def loss(x):
+        return jnp.sum(jnp.sin(jnp.ldexp(x, jnp.array([1, 0, -2]))) ** 2)
+
+    x = normal(3)
+    assert_close(hs.hesscale(loss)(x), (jax.grad(loss)(x), jnp.diag(jax.hessian(loss)(x))))

@@ -20,7 +20,13 @@ from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules.calls import call, linear_call, vectorised
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
 from hesscale_jax.rules.cumulative import cumlogsumexp
-from hesscale_jax.rules.custom_derivatives import custom_jvp, custom_vjp, defined_by, own_jacobian
+from hesscale_jax.rules.custom_derivatives import (
+    custom_jvp,
+    custom_vjp,
+    defined_by,
+    high,
+    own_jacobian,
+)
 from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
 from hesscale_jax.rules.fourier import fourier
@@ -104,6 +110,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("polygamma", "polynomial", "pow", "rem"), nested),
         **dict.fromkeys(("random_gamma", "regularized_incomplete_beta", "sinh", "tan"), nested),
         "custom_jvp_call": custom_jvp,
+        "call_hi_primitive": high,
         # Selections: views and reductions may stand in a block
         **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze"), view),
         "reduce_sum": summation,

@@ -17,8 +17,9 @@ from hesscale_jax.rules.derivatives import nested
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import PiecewiseConstant, jvp, push
 from hesscale_jax.rules.table import ByEquation, Find, Unsupported
+from hesscale_jax.rules.unsupported import OWN_TYPES
 
-__all__ = ["custom_jvp", "custom_rule", "custom_vjp", "defined_by", "own_jacobian"]
+__all__ = ["custom_jvp", "custom_rule", "custom_vjp", "defined_by", "high", "own_jacobian"]
 
 # Where a value chooses between others, or picks some of them by their indices.
 CHOICES = frozenset({"cond", "dynamic_slice", "dynamic_update_slice", "gather", "select_n"})
@@ -214,6 +215,14 @@ def _loses(program: Program, moving: Sequence[bool], find: Find) -> bool:
     return any(v in lost for v in program.outputs if isinstance(v, Value) and _jaxpr.is_inexact(v))
 
 
+def _high(eqn: Equation, find: Find) -> Any:
+    """A primitive of arrays has the derivatives that it defines, as `custom_jvp` functions have."""
+    if _jaxpr.has_own_types(eqn):
+        return Unsupported(OWN_TYPES)
+    return nested if eqn.entrywise else of_any_function.choose(eqn, find)
+
+
 custom_vjp = ByEquation(_custom_vjp)
+high = ByEquation(_high)
 custom_jvp = ByEquation(_custom_jvp)
 of_any_function = matrix_function()

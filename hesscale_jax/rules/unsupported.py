@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["UNSUPPORTED"]
+__all__ = ["OWN_TYPES", "UNSUPPORTED"]
 
 _REF = "mutable arrays are not followed; use the values that are written"
 _OPAQUE = "JAX has no derivative of it, as it cannot see what it computes"
 _KERNEL = "a kernel works on mutable arrays, which are not followed"
 _EXTENDED = "extended dtypes have no variance"
-_HIJAX = "it acts on types of its own, that have no variance"
+OWN_TYPES = "it acts on types of its own, that have no variance"
 _REDUCED = "sums that are still to be taken over devices are not followed"
 _PROCESSES = "it moves arrays between processes; do so outside of the loss"
 
@@ -30,9 +30,9 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("stage", "tie"), "it is no part of a traced function"),
         "remat_opt": "its backward pass is decided later; leave out optimize_remat",
         **dict.fromkeys(("from_edtype", "to_edtype"), _EXTENDED),
-        **dict.fromkeys(("box_get", "box_set", "call_hi_primitive", "new_box"), _HIJAX),
-        **dict.fromkeys(("log_extend", "log_read", "new_log"), _HIJAX),
-        **dict.fromkeys(("get_variable", "new_variable", "set_variable"), _HIJAX),
+        **dict.fromkeys(("box_get", "box_set", "new_box"), OWN_TYPES),
+        **dict.fromkeys(("log_extend", "log_read", "new_log"), OWN_TYPES),
+        **dict.fromkeys(("get_variable", "new_variable", "set_variable"), OWN_TYPES),
         **dict.fromkeys(("all_gather_reduced", "preduced", "reduced_vary_cast"), _REDUCED),
         **dict.fromkeys(("reduced_vary_cast_p", "unreduced_psum", "vary_unreduced_cast"), _REDUCED),
         **dict.fromkeys(("unreduced_reduce_scatter", "vary_unreduced_cast_p"), _REDUCED),
