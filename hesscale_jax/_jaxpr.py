@@ -1104,7 +1104,7 @@ def acts_entrywise(eqn: Equation) -> bool:
 def has_own_types(eqn: Equation) -> bool:
     """Whether it takes or returns what is no array."""
     values = [v for v in (*eqn.inputs, *eqn.outputs) if isinstance(v, Value)]
-    return not all(isinstance(v.aval, core.ShapedArray) for v in values)
+    return not all(hasattr(v.aval, "dtype") for v in values)
 
 
 def _expansion(eqn: Equation) -> Program:

@@ -5,11 +5,13 @@ import os
 
 # One thread and no accelerator for each of the parallel processes. What is set outside wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=8"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # These compile in a third of the time: newer versions don't know the first.
-    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ.setdefault("XLA_FLAGS", flags)
+# The last two flags make compilation three times as fast; newer versions don't know them.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 
 import hypothesis
 import jax
