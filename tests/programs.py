@@ -612,7 +612,7 @@ def control(rng: random.Random) -> Case:
 
 
 def state(rng: random.Random) -> Case:
-    """Loops that count in a reference, and their twins that have the number from the loop."""
+    """Loops that count in a reference, and their twins that read the number from the loop."""
     program = Program(rng)
     program.input(rng.choice(SHAPES))
     program.constant(rng.choice(SHAPES))
@@ -621,8 +621,8 @@ def state(rng: random.Random) -> Case:
         counted(program)
     result = loss_of(program)
     written = case(program, result)
-    counting = re.compile(r"step.* = .* \+ 0\.5|step = .*")
-    program.lines = [counting.sub("", x).replace(STEP, "at") for x in program.lines]
+    reads = re.compile(rf"\* {re.escape(STEP)}")
+    program.lines = [reads.sub("* at", line) for line in program.lines]
     return written._replace(twin=program.function(result))
 
 
