@@ -278,6 +278,16 @@ def _scatter(scatter: Callable[..., Any]) -> Form:
     return form
 
 
+def _scatter_mul(eqn: "Equation", bind: Any, z: Any, indices: Any, w: Any) -> Any:
+    """Part by part, if the factors are real; else ``z`` times an array of factors."""
+    if isinstance(w, Complex) and _is_zero(w.im):
+        w = Complex(w.re, w.re)  # what each part of the operand is multiplied by
+        return _scatter(lax.scatter_mul)(eqn, bind, z, indices, w)
+    one = Complex(lax.full(eqn.outputs[0].shape, 1, real_dtype(eqn.outputs[0])), 0.0)
+    factors = _scatter(lax.scatter)(eqn, bind, one, indices, w)
+    return _product(times, filled(z, eqn.inputs[0]), filled(factors, eqn.outputs[0]))
+
+
 def _running(eqn: "Equation", bind: Any, z: Complex) -> Complex:
     """Running products, by products of neighbours as JAX's derivative takes them."""
     return _scanned(filled(z, eqn.inputs[0]), eqn.params["axis"], eqn.params["reverse"])
@@ -390,6 +400,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         **dict.fromkeys(("device_put", "reshard", "sharding_constraint"), _selection),
         "scatter": _scatter(lax.scatter),
         "scatter-add": _scatter(lax.scatter_add),
+        "scatter-mul": _scatter_mul,
         "scatter-sub": _scatter(lax.scatter_sub),
         # Fourier transforms
         "fft": _fft,

@@ -697,6 +697,8 @@ COMPLEX: dict[str, Case] = FOURIER | {
     "complex scatter": (on_complex(lambda z: jnp.zeros((5, 6), complex).at[1:4].set(z[:3])), x, w),
     "complex scatter-add": (on_complex(lambda z: (z * 0.5).at[np.array([2, 2])].add(z[:2])), x, w),
     "complex scatter-sub": (on_complex(lambda z: jnp.ones((4, 6), complex).at[np.array([2, 2])].subtract(z[:2])), x, w),
+    "complex scatter-mul": (on_complex(lambda z: z.at[np.array([0, 2])].multiply(2.0, unique_indices=True)), x, w),
+    "complex scatter-mul by complex": (on_complex(lambda z: z.at[np.array([0, 2])].multiply(2 - 1j, unique_indices=True)), x, w),
     "complex slices": (on_complex(lambda z: jnp.concatenate([z[1:4:2, ::-1], 2 * z[:1]]).T), x, w),
     "complex dynamic_slice": (on_complex(lambda z: lax.dynamic_slice(z, (1, 2), (2, 3))), x, w),
     "complex pad": (on_complex(lambda z: lax.pad(z, 0j, ((1, 2, 1), (-1, 0, 0)))), x, w),

@@ -9,6 +9,7 @@ import pytest
 from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.experimental import pallas
+from jax.experimental.ode import odeint
 
 import hesscale_jax as hs
 
@@ -388,3 +389,17 @@ def test_a_power_of_two_is_entry_by_entry():
 
     x = normal(3)
     assert_close(hs.hesscale(loss)(x), (jax.grad(loss)(x), jnp.diag(jax.hessian(loss)(x))))
+
+
+def test_a_backward_pass_that_calls_the_function_itself():
+    # An ODE solver's: the squares are an estimate by random signs, of one result exact.
+    def loss(w):
+        y = odeint(lambda y, t, w: -jnp.sum(w) * y, jnp.ones(1), jnp.linspace(0.0, 1.0, 2), w)
+        return jnp.sum(y[1]) ** 2
+
+    w = jnp.array([0.4, 0.7])
+    grad, hess_diag = jax.jit(hs.hesscale(loss))(w)
+    assert_close(grad, jax.grad(loss)(w))
+    solution = np.exp(-w.sum())
+    # d2(y^2)/dy2 (dy/dw)^2; the solver's tolerance is 1.4e-8.
+    np.testing.assert_allclose(hess_diag, 2 * solution**2 * np.ones(2), rtol=1e-5)

@@ -10,7 +10,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Program, Value
-from hesscale_jax.errors import UnsupportedPrimitiveError, WhileLoopError
+from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.dense_jacobian import matrix_function
 from hesscale_jax.rules.derivatives import nested
@@ -104,28 +104,37 @@ def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> li
             lambda *xs: [_jaxpr.listed(along(*xs), eqn)[k] for k in wanted],
             *(primals[i] for i in moving),
         )
-        into = [operands[i].spread for i in moving]
-        try:
-            found = _squares(eqn, recurse, back, ys, into)
-        except WhileLoopError:
-            along_into = dict(zip(moving, into, strict=True))
-            found = _signed_squares(
-                eqn, primals, back, dict(zip(wanted, ys, strict=True)), along_into
-            )
+        into = {i: operands[i].spread for i in moving}
+        backward = _jaxpr.body(_jaxpr.trace(lambda *g: back(list(g)), *ys), eqn).program
+        if _iterates(backward):
+            found = _signed_squares(eqn, primals, back, dict(zip(wanted, ys, strict=True)), into)
+        else:
+            found = _squares(backward, recurse, ys, list(into.values()))
         for k, spread in zip(wanted, found, strict=True):
             spreads[k] = spread
     return list(map(Moments, results, shifts, spreads))
 
 
-def _squares(eqn: Equation, recurse: Any, back: Any, ys: Sequence[Any], into: Any) -> list[Any]:
+def _iterates(program: Program) -> bool:
+    """Whether a program of cotangents holds a loop of unknown length on their way.
+
+    The backward pass of an ODE solver calls the solver: what it calls counts too.
+    """
+    reached = {v for v in program.inputs if _jaxpr.is_inexact(v)}
+    for eqn in program.equations:
+        if reached.isdisjoint(v for v in eqn.inputs if isinstance(v, Value)):
+            continue
+        if eqn.name == "while" or any(_iterates(body.program) for body in eqn.bodies):
+            return True
+        reached.update(v for v in eqn.outputs if _jaxpr.is_inexact(v))
+    return False
+
+
+def _squares(backward: Program, recurse: Any, ys: Sequence[Any], into: Any) -> list[Any]:
     """``(J*J) v``: the transpose of the push of spreads through the backward program."""
-    closed = _jaxpr.trace(lambda *g: back(list(g)), *ys)
-    body = _jaxpr.body(closed, eqn)
 
     def pushed(*h: Any) -> list[Any]:
-        found = recurse.through(
-            body.program, [Moments(y, None, h) for y, h in zip(ys, h, strict=True)]
-        )
+        found = recurse.through(backward, [Moments(y, None, h) for y, h in zip(ys, h, strict=True)])
         return [
             jnp.zeros_like(v) if x.spread is None else lax.convert_element_type(x.spread, v.dtype)
             for x, v in zip(found, into, strict=True)
