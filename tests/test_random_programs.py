@@ -21,12 +21,12 @@ import hesscale_jax as hs
 
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
-    "anything": 50,
-    "control": 50,
+    "anything": 30,
+    "control": 30,
     "state": 10,
     "half": 10,
-    "block": 25,
-    "views": 30,
+    "block": 15,
+    "views": 20,
     "chain": 15,
     "last_layer": 15,
     "plain_last_layer": 10,
