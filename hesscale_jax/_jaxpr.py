@@ -1096,7 +1096,10 @@ def acts_entrywise(eqn: Equation) -> bool:
     if any(v.shape != shape for v in eqn.outputs):
         return False
     if eqn.name == HIGH:
-        return shape == () or all(e.name in ENTRYWISE for e in _expansion(eqn).equations)
+        return len(eqn.outputs) == 1 and all(
+            e.name in ENTRYWISE and all(_broadcasts(v.shape, shape) for v in e.outputs)
+            for e in _expansion(eqn).equations
+        )
     program = flatten(_with_derivative(eqn), apart=False)
     return shape == () or _pass_entrywise(program, set(program.inputs[len(values) :]), shape)
 
