@@ -394,7 +394,7 @@ def test_a_power_of_two_is_entry_by_entry():
 def test_a_backward_pass_that_calls_the_function_itself():
     # An ODE solver's: the squares are an estimate by random signs, of one result exact.
     def loss(w):
-        y = odeint(lambda y, t, w: -jnp.sum(w) * y, jnp.ones(1), jnp.linspace(0.0, 1.0, 2), w)
+        y = odeint(lambda y, t, w: -jnp.sum(w) * y, jnp.ones(1), jnp.array([0.0, 1.0]), w)
         return jnp.sum(y[1]) ** 2
 
     w = jnp.array([0.4, 0.7])
