@@ -13,7 +13,9 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
+from hesscale_jax.factored import Factored
 from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.layout import arrival, reads
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
@@ -79,6 +81,7 @@ class _Walk:
         self.head = head
         self._spreads = spreads
         self._moments = dict(zip(program.inputs, operands, strict=True))
+        self._arriving = self._routed()
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
 
@@ -86,6 +89,18 @@ class _Walk:
         self._run(self._program.equations, None)
         read = self._collapsed if self._spreads else self._read
         return list(map(read, self._program.outputs))
+
+    def _routed(self) -> dict[Equation, dict[int, Factored]]:
+        """The structured spreads of inputs, taken to the operands that they are meant for."""
+        arriving: dict[Equation, dict[int, Factored]] = defaultdict(dict)
+        factored = {v: x for v, x in self._moments.items() if isinstance(x.spread, Factored)}
+        readers = reads(self.plan) if factored else {}
+        for value, x in factored.items():
+            self._moments[value] = x._replace(spread=None)
+            if value in readers:
+                eqn, position, axes = arrival(readers, value, x.spread.axes)
+                arriving[eqn][position] = dataclasses.replace(x.spread, axes=axes)
+        return arriving
 
     def curved(self, eqn: Equation) -> bool:
         """Whether second derivatives are kept at an equation."""
@@ -108,6 +123,8 @@ class _Walk:
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
         operands = [self._collapsed(v) for v in eqn.inputs]
+        for i, spread in self._arriving.get(eqn, {}).items():
+            operands[i] = operands[i]._replace(spread=spread)
         return _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:

@@ -7,6 +7,7 @@ and spreads of the parameters, and its transpose, applied to 1, is
     d loss_shift / d spread = HesScale's approximation of the Hessian's diagonal
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
+from hesscale_jax.factored import Factored
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.propagate import propagate
 from hesscale_jax.rules import RULES
@@ -172,26 +174,37 @@ def transposed(
     rules: Mapping[Any, Any],
     curvature: str,
     spreads: bool = False,
+    structures: Sequence[Factored | None] | None = None,
 ) -> tuple[list[Any], Callable[..., tuple[list[Any], list[Any]]]]:
     """A program's outputs, and the transpose of its moment propagation.
 
     The transpose takes a cotangent of the first output's shift, and one of its spread if
-    ``spreads``, and returns the cotangents of the inputs' shifts and spreads.
+    ``spreads``, and returns the cotangents of the inputs' shifts and spreads: entry by entry, or
+    those of the arrays of a structure where there is one.
     """
+    if structures is None:
+        structures = [None] * len(inputs)
     # What does not depend on the moments is computed outside of the transposed program, so that it
     # may be handed out of it.
     primals: list[Any] = []
 
     def propagated(shifts: Sequence[Any], half_variances: Sequence[Any]) -> list[Any]:
-        moments = list(map(Moments, inputs, shifts, half_variances))
+        spread = [
+            v if kind is None else dataclasses.replace(kind, **v)
+            for v, kind in zip(half_variances, structures, strict=True)
+        ]
+        moments = list(map(Moments, inputs, shifts, spread))
         outputs = propagate(program, moments, rules, curvature, spreads)
         primals.extend(x.primal for x in outputs)
-        y, shift, spread = outputs[0]
+        y, shift, scatter = outputs[0]
         dtype = jnp.result_type(y)
-        results = [(shift, dtype), (spread, spread_dtype(dtype))][: 2 if spreads else 1]
+        results = [(shift, dtype), (scatter, spread_dtype(dtype))][: 2 if spreads else 1]
         return [jnp.zeros(jnp.shape(y), d) if x is None else x for x, d in results]
 
-    wide = [jnp.asarray(x, spread_dtype(jnp.result_type(x))) for x in inputs]
+    wide = [
+        jnp.asarray(x, spread_dtype(jnp.result_type(x))) if kind is None else kind.varied
+        for x, kind in zip(inputs, structures, strict=True)
+    ]
     transpose = jax.linear_transpose(propagated, list(inputs), wide)
     return primals, lambda *cotangents: transpose(list(cotangents))
 

@@ -14,6 +14,7 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation
 from hesscale_jax.errors import WhileLoopError
+from hesscale_jax.factored import Factored
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.table import Unsupported
 
@@ -54,7 +55,7 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
         step = jax.checkpoint(step, prevent_cse=False, policy=recurse.policy)
     how = {name: eqn.params[name] for name in ("reverse", "unroll")}
     length = None if xs else eqn.params["length"]  # The former may be symbolic.
-    carry, ys = lax.scan(step, _filled(carry, moving), xs, length, **how)
+    carry, ys = lax.scan(step, _filled(carry, moving), list(map(_each, xs)), length, **how)
     return [*carry, *ys]
 
 
@@ -108,6 +109,12 @@ def _shard_map(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list
     (body,) = eqn.bodies
     mapped = _jaxpr.shard_mapped(eqn, lambda *operands: tuple(recurse(body, operands)))
     return list(mapped(*operands))
+
+
+def _each(x: Moments) -> Moments:
+    """What a loop takes a slice of at each step."""
+    structured = isinstance(x.spread, Factored)
+    return x._replace(spread=x.spread.each(x.spread.axes[0])) if structured else x
 
 
 def _filled(values: Sequence[Moments], moving: Sequence[bool]) -> list[Moments]:

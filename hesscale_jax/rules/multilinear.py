@@ -14,6 +14,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax.factored import Factored
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.selection import in_wide_dtype, push
@@ -47,16 +48,22 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
         return None if a is None or b is None else _bind(eqn, a, b, *rest)
 
     def spread(a: Any, b: Any) -> Any:
-        y = _bind(eqn, a, b, *rest, **precise)
+        return _bind(eqn, a, b, *rest, **precise)
+
+    def scattered(position: int) -> Any:
+        v, other = operands[position].spread, operands[1 - position].primal
+        if v is None:
+            return None
+        if isinstance(v, Factored):
+            y = v.spread(eqn, position, other)
+        else:
+            y = spread(square(other), v) if position else spread(v, square(other))
         return y if wide == result else lax.convert_element_type(y, result)
 
     y = Moments(
         product(x.primal, w.primal),
         total(product(x.shift, w.primal), product(x.primal, w.shift)),
-        total(
-            None if x.spread is None else spread(x.spread, square(w.primal)),
-            None if w.spread is None else spread(square(x.primal), w.spread),
-        ),
+        total(scattered(0), scattered(1)),
     )
     return [_with_squares(eqn, x, y, recurse.curved) if _is_gram(eqn) else y]
 

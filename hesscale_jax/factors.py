@@ -1,0 +1,144 @@
+"""``value_and_factors``: the curvature of each layer by its inputs and outputs, in a basis."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hesscale_jax import _jaxpr
+from hesscale_jax.factored import Factored, Factors, Layout, row_major
+from hesscale_jax.layout import layouts as find_layouts
+from hesscale_jax.moments import spread_dtype
+from hesscale_jax.rules import RULES
+from hesscale_jax.rules.table import find
+from hesscale_jax.transform import check_curvature, traced, transposed
+
+__all__ = ["layouts", "value_and_factors"]
+
+
+def layouts(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Any]:
+    """Which axes of each parameter are a layer's inputs, and which its outputs."""
+
+    def layouts_fun(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        found: list[Any] = []
+
+        def with_arrays(*arrays: Any) -> None:
+            args, kwargs = jax.tree.unflatten(tree, arrays)
+            program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+            structure = jax.tree.structure(list(chosen.values()))
+            found.append(jax.tree.unflatten(structure, _of_program(program, rules)))
+
+        jax.eval_shape(with_arrays, *leaves)
+        return found[0][0] if isinstance(argnums, int) else tuple(found[0])
+
+    return layouts_fun
+
+
+def _of_program(program: Any, rules: Mapping[Any, Any]) -> list[Layout]:
+    return find_layouts(
+        program, program.outputs[:1], lambda eqn: find(rules, eqn), program.inputs
+    )
+
+
+def value_and_factors(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    curvature: str = "gauss_newton",
+    bases: Any = None,
+    weighted: bool = True,
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Any]:
+    """A loss's value, gradient and curvature: the diagonal in a basis, and each layer's factors."""
+    check_curvature(curvature)
+
+    @functools.wraps(fun)
+    def value_and_factors_fun(*args: Any, **kwargs: Any) -> Any:
+        program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        leaves, tree = jax.tree.flatten(list(chosen.values()))
+        inputs = list(map(jnp.asarray, leaves))
+        found = _of_program(program, rules)
+        given = [None] * len(inputs) if bases is None else _bases(bases, argnums, tree)
+        structures = [
+            _structure(x, layout, basis, weighted)
+            for x, layout, basis in zip(inputs, found, given, strict=True)
+        ]
+
+        def run(inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+            primals, transpose = transposed(
+                program, inputs, rules, curvature, structures=structures
+            )
+            value, *aux = map(jnp.asarray, primals)
+            grads, spreads = transpose(lax.full_like(value, 1))
+            return [value, *aux], grads, list(map(_factors, found, spreads))
+
+        if _jaxpr.stops_at_nans():
+            run = jax.jit(run)
+        (value, *aux), grads, factors = run(inputs)
+        result = tuple(
+            found[0] if isinstance(argnums, int) else tuple(found)
+            for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, factors))
+        )
+        return ((value, loss.with_aux(aux)) if has_aux else value), result
+
+    return value_and_factors_fun
+
+
+def _bases(bases: Any, argnums: int | Sequence[int], tree: Any) -> list[Any]:
+    chosen = [bases] if isinstance(argnums, int) else list(bases)
+    leaves, structure = jax.tree.flatten(chosen, is_leaf=lambda x: x is None)
+    if structure != tree:
+        raise ValueError(
+            "'bases' has a different structure from the argument to differentiate: "
+            f"{structure} against {tree}"
+        )
+    return leaves
+
+
+def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored | None:
+    if not layout.factored:
+        if basis is not None:
+            raise ValueError(f"a leaf of shape {layout.shape} has no basis: {layout.reason}")
+        return None
+    dtype = spread_dtype(x.dtype)
+    count, n, m = layout.counts
+    if basis is not None:
+        wanted = (*layout.sizes(layout.stack), n, n)
+        if jnp.shape(basis) != wanted:
+            raise ValueError(
+                f"the basis of a leaf of shape {layout.shape} must be of shape {wanted}, "
+                f"got {jnp.shape(basis)}"
+            )
+        basis = jnp.asarray(basis, dtype).reshape(count, n, n)
+    axes = row_major(layout.shape)
+    return Factored(
+        diagonal=jnp.zeros((count, n, m), dtype),
+        inputs=jnp.zeros((count, n, n), dtype),
+        outputs=jnp.zeros((count, m), dtype),
+        basis=basis,
+        axes=axes,
+        stack=tuple(span for i in layout.stack for span in axes[i]),
+        weighted=weighted,
+    )
+
+
+def _factors(layout: Layout, spreads: Any) -> Factors:
+    if not layout.factored:
+        return Factors(spreads)
+    stack, n = layout.sizes(layout.stack), layout.counts[1]
+    return Factors(
+        layout.leaf(spreads["diagonal"]),
+        spreads["inputs"].reshape(*stack, n, n),
+        spreads["outputs"].reshape(*stack, *layout.sizes(layout.outputs)),
+    )
