@@ -187,7 +187,7 @@ def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
     Returns the result, or a list of them if the equation has not exactly one.
     """
     params = eqn.primitive.get_bind_params(eqn.params | changes)
-    if eqn.name in CUSTOM:
+    if eqn.primitive.name in CUSTOM:
         # A backward pass may index what it reads by traced numbers; NumPy's arrays do not allow it.
         operands = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in operands)
     results = eqn.primitive.bind(*operands, **params)
