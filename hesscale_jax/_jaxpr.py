@@ -518,7 +518,8 @@ class _Builder:
                     params, inputs = self._without_transposes(params, inputs)
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
-                if self._one_result and len(results) > 1 and acts_entrywise(self.equations[-1]):
+                several = self._one_result and len(results) > 1
+                if several and acts_entrywise(self._made[results[0]]):
                     alone = trace(_one_by_one(eqn), *(v.aval for v in eqn.invars))
                     each = iter(self.inline(alone, inputs, callers, region))
                     results = tuple(next(each) if is_inexact(v) else v for v in results)

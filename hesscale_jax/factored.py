@@ -69,6 +69,8 @@ class Layout:
       stack: The axes that the product runs over: layers of a ``scan``, a batch of products.
       inputs: The axes that the product sums over; of a convolution, those of a patch.
       outputs: The others.
+      last: Whether no other such leaf has a product that depends on this one's, as in the last
+        layer of a network.
       reason: Why the leaf has none of these, empty if it has.
     """
 
@@ -76,6 +78,7 @@ class Layout:
     stack: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    last: bool = False
     reason: str = ""
 
     @property

@@ -48,7 +48,29 @@ def layouts(
     """The layout of each of the inputs of a program, all of which are differentiated."""
     steps = plan(program, leaves, wanted, find)
     readers = reads(steps)
-    return [_layout(steps, readers, find, leaf) for leaf in leaves]
+    found = [_layout(steps, readers, find, leaf) for leaf in leaves]
+    ends = [
+        arrival(readers, leaf, row_major(layout.shape)).eqn if layout.factored else None
+        for leaf, layout in zip(leaves, found, strict=True)
+    ]
+    last = _last(steps, {eqn for eqn in ends if eqn is not None})
+    return [
+        dataclasses.replace(layout, last=eqn in last)
+        for layout, eqn in zip(found, ends, strict=True)
+    ]
+
+
+def _last(steps: Plan, layers: set[Equation]) -> set[Equation]:
+    """The products whose result no other layer reads, directly or not."""
+    last = {eqn for eqn in layers if not eqn.bodies}
+    before: dict[Any, set[Equation]] = {}
+    for eqn in steps.rules:
+        behind = set().union(*(before.get(v, ()) for v in eqn.inputs))
+        if eqn in layers:
+            last -= behind
+            behind = {eqn}
+        before.update(dict.fromkeys(eqn.outputs, behind))
+    return last
 
 
 def _layout(steps: Plan, readers: Readers, find: Find, leaf: Value) -> Layout:

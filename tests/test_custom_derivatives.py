@@ -391,6 +391,14 @@ def test_a_power_of_two_is_entry_by_entry():
     assert_close(hs.hesscale(loss)(x), (jax.grad(loss)(x), jnp.diag(jax.hessian(loss)(x))))
 
 
+def test_several_results_asked_for_twice():
+    def loss(x):
+        return jnp.sum(jnp.ldexp(x, 1) * jnp.sin(jnp.ldexp(x, 1)))
+
+    x = normal(3)
+    assert_close(hs.hesscale(loss)(x), (jax.grad(loss)(x), jnp.diag(jax.hessian(loss)(x))))
+
+
 def test_a_backward_pass_that_calls_the_function_itself():
     # An ODE solver's: the squares are an estimate by random signs, of one result exact.
     def loss(w):
