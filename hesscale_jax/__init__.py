@@ -10,6 +10,8 @@ from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.every import value_and_hesscale_every
 from hesscale_jax.explanation import explain
+from hesscale_jax.factored import Factors, Layout
+from hesscale_jax.factors import layouts, value_and_factors
 from hesscale_jax.moments import Moments
 from hesscale_jax.optimizers import (
     ScaleByCurvatureTrustRegionState,
@@ -29,6 +31,8 @@ from hesscale_jax.transform import hesscale, value_and_hesscale
 
 __all__ = [
     "RULES",
+    "Factors",
+    "Layout",
     "Moments",
     "Report",
     "ScaleByCurvatureTrustRegionState",
@@ -39,12 +43,14 @@ __all__ = [
     "explain",
     "hess_diag_as_estimator",
     "hesscale",
+    "layouts",
     "rules",
     "scale_by_curvature_trust_region",
     "scale_by_diagonal_newton",
     "scale_by_hesscale",
     "scaled_adahesscale",
     "scaled_adam",
+    "value_and_factors",
     "value_and_hesscale",
     "value_and_hesscale_every",
 ]

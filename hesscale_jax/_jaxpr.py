@@ -963,13 +963,13 @@ def scan_groups(eqn: Any) -> tuple[range, range, range]:
     return next(groups), next(groups), next(groups)
 
 
-def shard_mapped(eqn: Equation, fun: Callable[..., Any]) -> Callable[..., Any]:
+def shard_mapped(eqn: Equation, fun: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
     """``fun`` of as many operands and results, mapped as a ``shard_map`` equation is."""
     params = eqn.params
     return jax.shard_map(
         fun,
         mesh=params["mesh"],
-        in_specs=params["in_specs"],
+        in_specs=in_specs,
         out_specs=params["out_specs"],
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],

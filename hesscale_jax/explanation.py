@@ -8,6 +8,7 @@ where two of its branches meet again, they are taken as independent:
 unless the loss is an affine function of ``a`` and ``b`` together.
 """
 
+import dataclasses
 import heapq
 import inspect
 import itertools
@@ -21,6 +22,7 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
 from hesscale_jax.blocks import Block, Plan, loop, plan
 from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.layout import layouts
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
 from hesscale_jax.rules import RULES
@@ -140,7 +142,11 @@ def _explained(
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
     marked = curvature == "gauss_newton"
-    return _Explanation(program, steps, head, names, rule, marked).report(title)
+    report = _Explanation(program, steps, head, names, rule, marked).report(title)
+    found = layouts(program, program.outputs[:1], rule, program.inputs)
+    return dataclasses.replace(
+        report, layouts=tuple(zip(map(names.__getitem__, program.inputs), found, strict=True))
+    )
 
 
 class _Unit:

@@ -28,18 +28,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 
-__all__ = ["Factored", "Factors", "Layout", "row_major", "viewed"]
+__all__ = ["Factored", "Factors", "Layout", "canonical", "row_major", "viewed"]
 
 Span = tuple[int, int]
 Axis = tuple[Span, ...]  # what a dimension is made of, the slowest to vary first
 
 RENAMED = frozenset(
-    ("convert_element_type", "copy", "name", "optimization_barrier", "reduce_precision")
-    + ("copy_p", "pbroadcast", "pvary", "sharding_constraint")
+    (
+        *("convert_element_type", "copy", "copy_p", "name", "optimization_barrier"),
+        *("pbroadcast", "pvary", "reduce_precision", "sharding_constraint"),
+    )
 )
 
 
@@ -122,7 +125,7 @@ class Factored:
       basis: ``(count, n, n)``, its columns; None for the coordinates.
       axes: What each dimension of the value is made of.
       stack: What ``count`` runs over.
-      weighted: Whether the transpose weights the inputs by their curvature, or by 1.
+      weight: What the transpose weights each input by: None for its curvature.
     """
 
     diagonal: Any
@@ -131,7 +134,7 @@ class Factored:
     basis: Any
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     stack: Axis = dataclasses.field(metadata={"static": True})
-    weighted: bool = dataclasses.field(metadata={"static": True})
+    weight: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def varied(self) -> dict[str, Any]:
@@ -147,9 +150,34 @@ class Factored:
             x = _permuted(x, _split(self.stack, scanned), order)
             return x.reshape(_count(scanned), _count(rest), *x.shape[1:])
 
+        return dataclasses.replace(jax.tree.map(leading, self), axes=self.axes[1:], stack=rest)
+
+    def sharded(self, spec: Any) -> "Factored":
+        """How ``shard_map`` is to split the arrays, of a value that it splits by ``spec``."""
+        of_stack, of_outputs = None, None
+        for name, axis in zip(spec, self.axes, strict=False):
+            if name is not None:
+                of_stack, of_outputs = (
+                    (name, of_outputs) if set(axis) <= set(self.stack) else (of_stack, name)
+                )
         return dataclasses.replace(
-            jax.tree.map(leading, self), axes=self.axes[1:], stack=rest
+            self,
+            diagonal=P(of_stack, None, of_outputs),
+            inputs=P(of_stack),
+            outputs=P(of_stack, of_outputs),
+            basis=None if self.basis is None else P(of_stack),
         )
+
+    def local(self, shape: tuple[int, ...]) -> "Factored":
+        """The same on one device, where the value has another shape."""
+        axes = row_major(shape)
+        held = [i for i, axis in enumerate(self.axes) if axis and set(axis) <= set(self.stack)]
+        stack = tuple(span for i in held for span in axes[i])
+        # The devices that split the outputs between them see the same inputs.
+        split = _count(_joined(self.axes)) // math.prod(shape)
+        shared = split // (_count(self.stack) // _count(stack))
+        weight = None if self.weight is None else self.weight / shared
+        return dataclasses.replace(self, axes=axes, stack=stack, weight=weight)
 
     def spread(self, eqn: Equation, position: int, x: Any) -> Any:
         """The spread of the product with ``x``, in the shape of the equation's result."""
@@ -161,7 +189,7 @@ class Factored:
         """The spread of the outputs, ``(count, N, m)``, of inputs ``(count, N, n)``."""
         features = rows if self.basis is None else rows @ self.basis
         common = jnp.sum((rows @ self.inputs) * rows, axis=-1)
-        common = common if self.weighted else _counted(common)
+        common = common if self.weight is None else _weighted(common, self.weight)
         along = (features * features) @ self.diagonal
         return along + common[..., None] + self.outputs[:, None, :]
 
@@ -169,10 +197,10 @@ class Factored:
 jax.tree_util.register_dataclass(Factored)
 
 
-def _counted(x: Any) -> Any:
-    """``x``, whose transpose takes each cotangent for 1."""
+def _weighted(x: Any, weight: float) -> Any:
+    """``x``, whose transpose takes the weight for each cotangent."""
     return jax.custom_derivatives.linear_call(
-        lambda _, x: x, lambda _, cotangent: jnp.ones_like(cotangent), (), x
+        lambda _, x: x, lambda _, cotangent: jnp.full_like(cotangent, weight), (), x
     )
 
 
@@ -186,11 +214,11 @@ def _dot_general(f: Factored, eqn: Equation, position: int, x: Any) -> Any:
     rows = jnp.transpose(x.astype(f.diagonal.dtype), (*batch_x, *free_x, *of_x))
     free_shape = [x.shape[i] for i in free_x]
     rows = rows.reshape(_count(stack), math.prod(free_shape), _count(inputs))
-    rows = _permuted(rows, stack, _ordered(stack))
-    rows = _permuted(rows, inputs, _ordered(inputs), axis=2)
+    rows = _permuted(rows, stack, ordered(stack))
+    rows = _permuted(rows, inputs, ordered(inputs), axis=2)
     y = f.of_rows(rows)
-    y = _permuted(y, _ordered(stack), stack)
-    y = _permuted(y, _ordered(outputs), outputs, axis=2)
+    y = _permuted(y, ordered(stack), stack)
+    y = _permuted(y, ordered(outputs), outputs, axis=2)
     if position == 0:
         y = jnp.swapaxes(y, 1, 2)
     return y.reshape(eqn.outputs[0].shape)
@@ -214,8 +242,8 @@ def _convolution(f: Factored, eqn: Equation, x: Any) -> Any:
     )
     channel = numbers.out_spec[1]
     patches = jnp.moveaxis(patches, channel, -1)
-    rows = _permuted(patches.reshape(1, -1, n), inputs, _ordered(inputs), axis=2)
-    y = _permuted(f.of_rows(rows), _ordered(outputs), outputs, axis=2)
+    rows = _permuted(patches.reshape(1, -1, n), inputs, ordered(inputs), axis=2)
+    y = _permuted(f.of_rows(rows), ordered(outputs), outputs, axis=2)
     return jnp.moveaxis(y.reshape(*patches.shape[:-1], _count(outputs)), -1, channel)
 
 
@@ -277,9 +305,14 @@ def _count(spans: Iterable[Span]) -> int:
     return math.prod(hi // lo for hi, lo in spans)
 
 
-def _ordered(spans: Axis) -> Axis:
+def ordered(spans: Axis) -> Axis:
     """The spans as they follow each other in the leaf."""
     return tuple(sorted(spans, reverse=True))
+
+
+def canonical(spans: Axis) -> Axis:
+    """The spans in order, those that touch as one."""
+    return _merged(ordered(spans))
 
 
 def _merged(spans: Iterable[Span]) -> Axis:

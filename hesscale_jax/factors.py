@@ -45,9 +45,7 @@ def layouts(
 
 
 def _of_program(program: Any, rules: Mapping[Any, Any]) -> list[Layout]:
-    return find_layouts(
-        program, program.outputs[:1], lambda eqn: find(rules, eqn), program.inputs
-    )
+    return find_layouts(program, program.outputs[:1], lambda eqn: find(rules, eqn), program.inputs)
 
 
 def value_and_factors(
@@ -129,7 +127,7 @@ def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored |
         basis=basis,
         axes=axes,
         stack=tuple(span for i in layout.stack for span in axes[i]),
-        weighted=weighted,
+        weight=None if weighted else 1.0,
     )
 
 

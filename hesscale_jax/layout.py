@@ -1,23 +1,24 @@
 """Where a leaf meets its product: pure graph analysis, no arithmetic.
 
-A leaf is one factor of one product if a single path leads on from it, through changes of view and
-into the loops and branches that it is handed to, and ends in a product.
+A leaf is a factor of products if each path that leads on from it, through changes of view and into
+the loops and branches that it is handed to, ends in a product, and all sum over the same axes.
 """
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Program, Value
 from hesscale_jax.blocks import Plan, loop, plan
-from hesscale_jax.factored import Axis, Layout, row_major, viewed
+from hesscale_jax.factored import Axis, Layout, canonical, row_major, viewed
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.multilinear import multilinear
 
-__all__ = ["Arrival", "arrival", "layouts", "reads"]
+__all__ = ["Arrival", "arrivals", "layouts", "reads"]
 
 Find = Callable[[Equation], Any]
 Readers = dict[Any, list[tuple[Equation, int]]]
@@ -25,7 +26,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 class Arrival(NamedTuple):
-    """Where the path from a value ends: an operand of an equation that is no change of view."""
+    """Where a path from a value ends: an operand of an equation that is no change of view."""
 
     eqn: Equation
     position: int
@@ -39,7 +40,7 @@ class _Roles(NamedTuple):
 
 
 class NotFactored(Exception):
-    """A leaf is not one factor of one product; the message says why."""
+    """A leaf is not a factor of products alone; the message says why."""
 
 
 def layouts(
@@ -50,13 +51,15 @@ def layouts(
     readers = reads(steps)
     found = [_layout(steps, readers, find, leaf) for leaf in leaves]
     ends = [
-        arrival(readers, leaf, row_major(layout.shape)).eqn if layout.factored else None
+        {end.eqn for end in arrivals(readers, leaf, row_major(layout.shape))}
+        if layout.factored
+        else set()
         for leaf, layout in zip(leaves, found, strict=True)
     ]
-    last = _last(steps, {eqn for eqn in ends if eqn is not None})
+    last = _last(steps, set().union(*ends))
     return [
-        dataclasses.replace(layout, last=eqn in last)
-        for layout, eqn in zip(found, ends, strict=True)
+        dataclasses.replace(layout, last=layout.factored and eqns <= last)
+        for layout, eqns in zip(found, ends, strict=True)
     ]
 
 
@@ -79,7 +82,8 @@ def _layout(steps: Plan, readers: Readers, find: Find, leaf: Value) -> Layout:
         return Layout(shape, reason="its shape is symbolic or empty")
     try:
         roles = _roles(steps, readers, find, leaf, row_major(shape))
-        return Layout(shape, *_per_axis(shape, roles))
+        stack, inputs, outputs = _per_axis(shape, roles)
+        return Layout(shape, stack, inputs, outputs)
     except NotFactored as error:
         return Layout(shape, reason=str(error))
 
@@ -93,43 +97,48 @@ def reads(steps: Plan) -> Readers:
     return readers
 
 
-def arrival(readers: Readers, value: Value, axes: tuple[Axis, ...]) -> Arrival:
-    """Where the one path from a value leads; raises :class:`NotFactored` if there is not one."""
-    while True:
-        found = readers.get(value, ())
-        if len(found) != 1:
-            names = ", ".join(sorted({_jaxpr.label(eqn) for eqn, _ in found}))
-            raise NotFactored(f"it is read {len(found)} times ({names})" if found else "not read")
-        ((eqn, position),) = found
+def arrivals(readers: Readers, value: Value, axes: tuple[Axis, ...]) -> Iterator[Arrival]:
+    """Where the paths from a value lead through changes of view."""
+    for eqn, position in readers.get(value, ()):
         onward = viewed(eqn, axes)
         if onward is None:
-            return Arrival(eqn, position, axes)
-        (value,), axes = eqn.outputs, onward
+            yield Arrival(eqn, position, axes)
+        else:
+            yield from arrivals(readers, eqn.outputs[0], onward)
 
 
 def _roles(
     steps: Plan, readers: Readers, find: Find, value: Value, axes: tuple[Axis, ...]
 ) -> _Roles:
-    eqn, position, axes = arrival(readers, value, axes)
+    """The roles of a value's spans, the same in each of its products."""
+    found = {_at(steps, find, end) for end in arrivals(readers, value, axes)}
+    if not found:
+        raise NotFactored("nothing that the loss depends on reads it")
+    if len(found) > 1:
+        raise NotFactored("its products sum over different axes of it")
+    return found.pop()
+
+
+def _at(steps: Plan, find: Find, end: Arrival) -> _Roles:
+    eqn, position, axes = end
     rule = steps.rules[eqn]
     if rule is multilinear and eqn.name in PRODUCTS:
         return _of_product(eqn, position, axes)
-    if isinstance(rule, ControlFlow):
-        stack: Axis = ()
-        if eqn.name == "scan":
-            _, carry, xs = _jaxpr.scan_groups(eqn)
-            if position in carry:
-                raise NotFactored("a loop carries it from step to step")
-            if position in xs:
-                stack, axes = axes[0], axes[1:]
-        found = {_inside(steps, find, eqn, i, position, axes) for i in range(len(eqn.bodies))}
-        found.discard(None)
-        if len(found) != 1:
-            raise NotFactored(f"the branches of {eqn.name} use it in different ways")
-        roles = found.pop()
-        assert roles is not None
-        return roles._replace(stack=stack + roles.stack)
-    raise NotFactored(f"{_jaxpr.label(eqn)!r} reads it")
+    if not isinstance(rule, ControlFlow):
+        raise NotFactored(f"{_jaxpr.label(eqn)!r} reads it")
+    stack: Axis = ()
+    if eqn.name == "scan":
+        _, carry, xs = _jaxpr.scan_groups(eqn)
+        if position in carry:
+            raise NotFactored("a loop hands it from step to step")
+        if position in xs:
+            stack, axes = axes[0], axes[1:]
+    inside = [_inside(steps, find, eqn, i, position, axes) for i in range(len(eqn.bodies))]
+    found = {roles for roles in inside if roles is not None}
+    if len(found) != 1:
+        raise NotFactored(f"the branches of {eqn.name} sum over different axes of it")
+    roles = found.pop()
+    return roles._replace(stack=canonical(stack + roles.stack))
 
 
 def _inside(
@@ -145,34 +154,30 @@ def _inside(
     if not readers.get(value):
         return None
     if eqn.name == "shard_map":
-        local = tuple(value.shape)
-        whole = _Sharded(eqn, position, axes, local)
-        return whole.of(_roles(inner, readers, find, value, row_major(local)))
+        return _on_each_device(
+            eqn, position, axes, lambda local: _roles(inner, readers, find, value, local)
+        )
     return _roles(inner, readers, find, value, axes)
 
 
-class _Sharded:
-    """An operand of ``shard_map``, whose leaf has other strides on each device."""
-
-    def __init__(
-        self, eqn: Equation, position: int, axes: tuple[Axis, ...], local: tuple[int, ...]
-    ) -> None:
-        self._whole = axes
-        if axes != row_major(eqn.inputs[position].shape):
-            raise NotFactored("shard_map reads a transpose or reshape of it")
-        self._local = row_major(local)
-        spec = eqn.params["in_specs"][position]
-        names = [*spec, *([None] * (len(axes) - len(spec)))]
-        self._sharded = {i for i, name in enumerate(names) if name not in (None, ())}
-
-    def of(self, roles: _Roles) -> _Roles:
-        axes = [self._axes(spans) for spans in roles]
-        if self._sharded.intersection(axes[1]):
-            raise NotFactored("shard_map shards its inputs")
-        return _Roles(*(tuple(s for i in group for s in self._whole[i]) for group in axes))
-
-    def _axes(self, spans: Axis) -> list[int]:
-        return _axes_of(self._local, spans)
+def _on_each_device(
+    eqn: Equation,
+    position: int,
+    axes: tuple[Axis, ...],
+    inside: Callable[[tuple[Axis, ...]], _Roles],
+) -> _Roles:
+    """The roles in ``shard_map``, where the value has other strides."""
+    if axes != row_major(eqn.inputs[position].shape):
+        raise NotFactored("shard_map reads a transpose or reshape of it")
+    (body,) = eqn.bodies
+    local = row_major(body.program.inputs[position].shape)
+    groups = [_axes_of(local, spans) for spans in inside(local)]
+    spec = eqn.params["in_specs"][position]
+    sharded = {i for i, name in enumerate(spec) if name not in (None, ())}
+    # The arrays of a structured spread have one axis for all axes of a role.
+    if sharded.intersection((*groups[0][1:], *groups[1], *groups[2][1:])):
+        raise NotFactored("shard_map shards its inputs, or not the first of its output axes")
+    return _Roles(*(canonical(tuple(s for i in group for s in axes[i])) for group in groups))
 
 
 def _of_product(eqn: Equation, position: int, axes: tuple[Axis, ...]) -> _Roles:
@@ -186,13 +191,13 @@ def _of_product(eqn: Equation, position: int, axes: tuple[Axis, ...]) -> _Roles:
         if not contract:
             raise NotFactored("its product sums over none of its axes")
         free = [i for i in range(len(axes)) if i not in (*contract, *batch)]
-        return _Roles(joined(batch), joined(contract), joined(free))
+        return _Roles(*(canonical(joined(dims)) for dims in (batch, contract, free)))
     if position == 0:
         raise NotFactored("it is the image of a convolution")
     if eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
         raise NotFactored("its convolution is grouped")
     of_outputs, *of_inputs = eqn.params["dimension_numbers"].rhs_spec
-    return _Roles((), joined(of_inputs), joined([of_outputs]))
+    return _Roles((), canonical(joined(of_inputs)), canonical(joined([of_outputs])))
 
 
 def _per_axis(shape: tuple[int, ...], roles: _Roles) -> list[tuple[int, ...]]:
@@ -215,12 +220,9 @@ def _axes_of(axes: Sequence[Axis], spans: Axis) -> list[int]:
     found = []
     for i, axis in enumerate(axes):
         for hi, lo in axis:
-            inside = [(a, b) for a, b in spans if a <= hi and b >= lo]
-            covered = 1
-            for a, b in inside:
-                covered *= a // b
-            if covered == hi // lo:
+            parts = [(min(hi, a), max(lo, b)) for a, b in spans if b < hi and lo < a]
+            if math.prod(a // b for a, b in parts) == hi // lo:
                 found.append(i)
-            elif inside or any(b < hi and lo < a for a, b in spans):
-                raise NotFactored(f"its axis {i} is of the inputs in part")
+            elif parts:
+                raise NotFactored(f"its products sum over a part of axis {i}")
     return found

@@ -15,7 +15,7 @@ from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.head import LossHead, names_output
-from hesscale_jax.layout import arrival, reads
+from hesscale_jax.layout import arrivals, reads
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
@@ -97,8 +97,7 @@ class _Walk:
         readers = reads(self.plan) if factored else {}
         for value, x in factored.items():
             self._moments[value] = x._replace(spread=None)
-            if value in readers:
-                eqn, position, axes = arrival(readers, value, x.spread.axes)
+            for eqn, position, axes in arrivals(readers, value, x.spread.axes):
                 arriving[eqn][position] = dataclasses.replace(x.spread, axes=axes)
         return arriving
 

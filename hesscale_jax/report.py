@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hesscale_jax.factored import Layout
+
 __all__ = ["Dropped", "Report", "Shared", "Step"]
 
 # Columns are cut at these widths.
@@ -92,6 +94,8 @@ class Report:
       mixing: The indices of the steps that yield entries which share entries of their operands
         (products, sums, copies) and are used where the loss is not affine in them. The covariance
         between these entries is dropped.
+      layouts: The path of each leaf, and which of its axes a layer sums over, or why it is no
+        layer's: of the whole program alone.
     """
 
     title: str
@@ -99,6 +103,7 @@ class Report:
     dropped: tuple[Dropped, ...] = ()
     shared: tuple[Shared, ...] = ()
     mixing: tuple[int, ...] = ()
+    layouts: tuple[tuple[str, Layout], ...] = ()
 
     @property
     def missing(self) -> tuple[Step, ...]:
@@ -111,7 +116,7 @@ class Report:
         """The report as plain text."""
         page = _Page(self)
         head = f"{self.title}: {len(self.steps)} step{'s'[: len(self.steps) != 1]}"
-        sections = [[head], page.table(), page.missing(), page.dropped()]
+        sections = [[head], page.table(), page.missing(), page.dropped(), page.coordinates()]
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
     def __rich__(self) -> Any:
@@ -309,6 +314,19 @@ class _Page:
         for place in self._places:
             for page in self._bodies.get(place.step, ()):
                 yield from page._mixing()
+
+    # What has no basis
+
+    def coordinates(self) -> list[str]:
+        layouts = self._report.layouts
+        rows = repeated(
+            (f"  {cut(name, VALUE)}", layout.reason)
+            for name, layout in layouts
+            if len(layout.shape) > 1 and not layout.factored
+        )
+        if not rows or not any(layout.factored for _, layout in layouts):
+            return []
+        return ["No layer's weights, so without a basis of its inputs:", *aligned(rows)]
 
     def _inside(self) -> Iterator["_Page"]:
         return itertools.chain.from_iterable(self._bodies.values())

@@ -880,7 +880,7 @@ def penalized(rng: random.Random) -> Case:
 def convex(rng: random.Random) -> Case:
     """A convex loss of a random model's output, which is named or the last linear layer's."""
     program = Program(rng)
-    z = linear(program, hidden(program, (3, 2)), 4)
+    z = linear(program, hidden(program, (3, 2)), 4, bent=False)
     if rng.random() < 0.5:
         z = program.add(f"name({own_function(program, z)}, 'model_output')", z.shape)
     target = program.constant(z.shape)

@@ -368,7 +368,7 @@ def test_shard_map_is_bound_again():
     (eqn,) = (e for e in flatten(trace(fun, normal(8))).equations if e.name == "shard_map")
     (body,) = eqn.bodies
     assert body.program.inputs[0].shape == (2,)
-    again = _jaxpr.shard_mapped(eqn, lambda x: (x - lax.pmean(x, "d"),))
+    again = _jaxpr.shard_mapped(eqn, lambda x: (x - lax.pmean(x, "d"),), eqn.params["in_specs"])
     np.testing.assert_array_equal(again(normal(8))[0], fun(normal(8)))
 
 

@@ -107,8 +107,20 @@ def _while(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mom
 def _shard_map(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``y = body(x)`` on each device: moments are sharded as their values are."""
     (body,) = eqn.bodies
-    mapped = _jaxpr.shard_mapped(eqn, lambda *operands: tuple(recurse(body, operands)))
-    return list(mapped(*operands))
+    structured = [isinstance(x.spread, Factored) for x in operands]
+    in_specs = tuple(
+        Moments(spec, spec, x.spread.sharded(spec)) if is_structured else spec
+        for spec, x, is_structured in zip(eqn.params["in_specs"], operands, structured, strict=True)
+    )
+
+    def run(*operands: Moments) -> tuple[Moments, ...]:
+        here = [
+            x._replace(spread=x.spread.local(x.primal.shape)) if is_structured else x
+            for x, is_structured in zip(operands, structured, strict=True)
+        ]
+        return tuple(recurse(body, here))
+
+    return list(_jaxpr.shard_mapped(eqn, run, in_specs)(*operands))
 
 
 def _each(x: Moments) -> Moments:
