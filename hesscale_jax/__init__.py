@@ -8,7 +8,7 @@ import importlib.metadata
 
 from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
-from hesscale_jax.every import value_and_hesscale_every
+from hesscale_jax.every import value_and_factors_every, value_and_hesscale_every
 from hesscale_jax.explanation import explain
 from hesscale_jax.factored import Factors, Layout
 from hesscale_jax.factors import layouts, value_and_factors
@@ -16,12 +16,15 @@ from hesscale_jax.moments import Moments
 from hesscale_jax.optimizers import (
     ScaleByCurvatureTrustRegionState,
     ScaleByHesScaleState,
+    ScaleByOrthogonalNewtonState,
     adahesscale,
     diagonal_newton,
     hess_diag_as_estimator,
+    orthogonal_newton,
     scale_by_curvature_trust_region,
     scale_by_diagonal_newton,
     scale_by_hesscale,
+    scale_by_orthogonal_newton,
     scaled_adahesscale,
     scaled_adam,
 )
@@ -37,6 +40,7 @@ __all__ = [
     "Report",
     "ScaleByCurvatureTrustRegionState",
     "ScaleByHesScaleState",
+    "ScaleByOrthogonalNewtonState",
     "UnsupportedPrimitiveError",
     "adahesscale",
     "diagonal_newton",
@@ -44,13 +48,16 @@ __all__ = [
     "hess_diag_as_estimator",
     "hesscale",
     "layouts",
+    "orthogonal_newton",
     "rules",
     "scale_by_curvature_trust_region",
     "scale_by_diagonal_newton",
     "scale_by_hesscale",
+    "scale_by_orthogonal_newton",
     "scaled_adahesscale",
     "scaled_adam",
     "value_and_factors",
+    "value_and_factors_every",
     "value_and_hesscale",
     "value_and_hesscale_every",
 ]

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hesscale_jax.factors import value_and_factors
 from hesscale_jax.rules import RULES
 from hesscale_jax.transform import value_and_hesscale
 
-__all__ = ["value_and_hesscale_every"]
+__all__ = ["value_and_factors_every", "value_and_hesscale_every"]
 
 
 def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
@@ -47,8 +48,6 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
       [ 4. 32.] [12. 48.] True
       [ 4. 32.] [0. 0.] False
     """
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}")
 
     def transform(
         fun: Callable[..., Any],
@@ -58,23 +57,75 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
         curvature: str = "hessian",
         rules: Mapping[Any, Any] = RULES,
     ) -> Callable[..., Any]:
-        with_diagonal = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
-        without = jax.value_and_grad(fun, argnums, has_aux)
+        curved = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
+        return alternating(k, curved, jax.value_and_grad(fun, argnums, has_aux))
 
-        @functools.wraps(fun)
-        def every_fun(step: Any, *args: Any, **kwargs: Any) -> Any:
-            def gradient() -> Any:
-                value, grad = without(*args, **kwargs)
-                return value, (grad, jax.tree.map(jnp.zeros_like, grad))
-
-            def diagonal() -> Any:
-                return with_diagonal(*args, **kwargs)
-
-            if isinstance(step, int):
-                return (*gradient(), False) if step % k else (*diagonal(), True)
-            refreshed = jnp.equal(step % k, 0)
-            return *jax.lax.cond(refreshed, diagonal, gradient), refreshed
-
-        return every_fun
-
+    _check(k)
     return transform
+
+
+def value_and_factors_every(k: int) -> Callable[..., Callable[..., Any]]:
+    """:func:`value_and_factors` with the factors renewed at every ``k``-th step alone.
+
+    Args:
+      k: How many steps the factors serve; 1 or more.
+
+    Returns:
+      A function with the arguments of :func:`value_and_factors`, whose result takes the number of
+      the step first and returns ``(value, (grad, factors), refreshed)``, as that of
+      :func:`value_and_hesscale_every` does.
+
+    Raises:
+      ValueError: ``k`` is less than 1.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import hesscale_jax as hs
+      >>> def loss(w, x):
+      ...     return jnp.sum((x @ w) ** 2) / 2
+      >>> step_fun = jax.jit(hs.value_and_factors_every(10)(loss))
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> for step in (0, 1):
+      ...     value, (grad, factors), refreshed = step_fun(step, jnp.ones((2, 1)), x)
+      ...     print(factors.outputs, refreshed)
+      [1.] True
+      [0.] False
+    """
+
+    def transform(
+        fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, **how: Any
+    ) -> Callable[..., Any]:
+        curved = value_and_factors(fun, argnums, has_aux, **how)
+        return alternating(k, curved, jax.value_and_grad(fun, argnums, has_aux))
+
+    _check(k)
+    return transform
+
+
+def _check(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+
+
+def alternating(
+    k: int, curved: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``curved`` at each step that ``k`` divides, else ``plain`` and a curvature of 0."""
+
+    @functools.wraps(curved)
+    def every_fun(step: Any, *args: Any, **kwargs: Any) -> Any:
+        def curvature() -> Any:
+            return curved(*args, **kwargs)
+
+        def gradient() -> Any:
+            value, grad = plain(*args, **kwargs)
+            _, (_, absent) = jax.eval_shape(curvature)
+            return value, (grad, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), absent))
+
+        if isinstance(step, int):
+            return (*gradient(), False) if step % k else (*curvature(), True)
+        refreshed = jnp.equal(step % k, 0)
+        return *jax.lax.cond(refreshed, curvature, gradient), refreshed
+
+    return every_fun

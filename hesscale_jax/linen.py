@@ -40,7 +40,13 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(
-        self, *, grads: Any, hess_diag: Any = None, refreshed: Any = None, **kwargs: Any
+        self,
+        *,
+        grads: Any,
+        hess_diag: Any = None,
+        factors: Any = None,
+        refreshed: Any = None,
+        **kwargs: Any,
     ) -> Self:
         """Update the parameters, the optimizer's state and the step.
 
@@ -52,7 +58,10 @@ class TrainState(train_state.TrainState):
           grads: The gradients, with the structure of ``params``.
           hess_diag: The Hessian's diagonal, with the structure of ``params``; may be left out if
             the optimizer does not need it.
-          refreshed: What :func:`hesscale_jax.value_and_hesscale_every` returns besides.
+          factors: What :func:`hesscale_jax.value_and_factors` returns, for an optimizer that needs
+            it.
+          refreshed: What :func:`hesscale_jax.value_and_hesscale_every` returns besides, or
+            :func:`hesscale_jax.value_and_factors_every`.
           **kwargs: Attributes of this state to replace, ``batch_stats`` say. What is not an
             attribute is an extra argument of the optimizer's ``update``, as the ``value`` of
             :func:`optax.contrib.reduce_on_plateau` is.
@@ -67,7 +76,7 @@ class TrainState(train_state.TrainState):
         """
         attributes = {field.name for field in dataclasses.fields(self)}
         replaced = {name: kwargs.pop(name) for name in attributes & kwargs.keys()}
-        curvature = {"hess_diag": hess_diag, "refreshed": refreshed}
+        curvature = {"hess_diag": hess_diag, "factors": factors, "refreshed": refreshed}
         given = {name: value for name, value in curvature.items() if value is not None}
 
         tx = optax.with_extra_args_support(self.tx)

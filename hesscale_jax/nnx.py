@@ -12,10 +12,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from hesscale_jax import every, transform
+from hesscale_jax import every, factors, transform
 from hesscale_jax.rules import RULES
 
-__all__ = ["hesscale", "value_and_hesscale", "value_and_hesscale_every"]
+__all__ = [
+    "hesscale",
+    "layouts",
+    "value_and_factors",
+    "value_and_factors_every",
+    "value_and_hesscale",
+    "value_and_hesscale_every",
+]
 
 CONTEXT = "hesscale"  # Names nnx's record of which object outside is which inside.
 
@@ -126,27 +133,94 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
     Raises:
       ValueError: ``k`` is less than 1.
     """
-    every_kth = every.value_and_hesscale_every(k)
+    return _stepping(every.value_and_hesscale_every(k))
+
+
+def value_and_factors(
+    fun: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    **how: Any,
+) -> Callable[..., Any]:
+    """:func:`hesscale_jax.value_and_factors` for modules.
+
+    Args:
+      fun: The loss, as for :func:`value_and_hesscale`.
+      argnums: As there.
+      has_aux: As there.
+      **how: The other arguments of :func:`hesscale_jax.value_and_factors`; ``bases`` has the
+        structure of what is returned in place of the factors.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns ``(value, (grads, factors))``, or
+      ``((value, aux), (grads, factors))`` if ``has_aux``, with a State in place of each module.
+
+    Raises:
+      TypeError: As :func:`hesscale_jax.value_and_factors`, and so the others.
+    """
+    core = functools.partial(factors.value_and_factors, **how)
+
+    @functools.wraps(fun)
+    def value_and_factors_fun(*args: Any, **kwargs: Any) -> Any:
+        return _call(core, fun, argnums, has_aux, args, kwargs)
+
+    return value_and_factors_fun
+
+
+def value_and_factors_every(k: int) -> Callable[..., Callable[..., Any]]:
+    """:func:`value_and_factors` with the factors renewed at every ``k``-th step alone.
+
+    See :func:`hesscale_jax.value_and_factors_every`, and :func:`value_and_hesscale_every`.
+
+    Raises:
+      ValueError: ``k`` is less than 1.
+    """
+    return _stepping(every.value_and_factors_every(k))
+
+
+def _stepping(every_kth: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """A transformation of modules, whose result takes the number of the step first."""
 
     def transformed(
         fun: Callable[..., Any],
         argnums: Argnum | Sequence[Argnum] = 0,
         has_aux: bool = False,
-        *,
-        curvature: str = "hessian",
-        rules: Mapping[Any, Any] = RULES,
+        **how: Any,
     ) -> Callable[..., Any]:
         @functools.wraps(fun)
         def every_fun(step: Any, *args: Any, **kwargs: Any) -> Any:
             def core(*options: Any) -> Callable[..., Any]:
-                stepping = every_kth(*options, curvature=curvature, rules=rules)
-                return functools.partial(stepping, step)
+                return functools.partial(every_kth(*options, **how), step)
 
             return _call(core, fun, argnums, has_aux, args, kwargs)
 
         return every_fun
 
     return transformed
+
+
+def layouts(
+    fun: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    *,
+    rules: Mapping[Any, Any] = RULES,
+) -> Callable[..., Any]:
+    """:func:`hesscale_jax.layouts` for modules: a State of layouts in place of each.
+
+    The modules are left as they are.
+
+    Raises:
+      TypeError: As :func:`value_and_hesscale`, and so ``ValueError``.
+    """
+
+    @functools.wraps(fun)
+    @nnx.update_context(CONTEXT)
+    def layouts_fun(*args: Any, **kwargs: Any) -> Any:
+        pure, plain, differentiated = _pure(fun, argnums, has_aux, args, kwargs)
+        return factors.layouts(pure, plain, True, rules=rules)(*differentiated)
+
+    return layouts_fun
 
 
 @nnx.update_context(CONTEXT)
@@ -162,6 +236,20 @@ def _call(
 
     ``core(fun, argnums, has_aux)`` is :func:`hesscale_jax.value_and_hesscale` or like it.
     """
+    pure, plain, differentiated = _pure(fun, argnums, has_aux, args, kwargs)
+    (value, after), *results = core(pure, plain, True)(*differentiated)
+    _, aux = nnx.from_tree(after, is_inner=False, ctxtag=CONTEXT)  # Writes back what has changed.
+    return ((value, aux) if has_aux else value), *results
+
+
+def _pure(
+    fun: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum],
+    has_aux: bool,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Callable[..., Any], Any, list[Any]]:
+    """The loss as a function of States, which of them to differentiate, and its arguments."""
     each = [argnums] if isinstance(argnums, Argnum) else list(argnums)
     indices = tuple(a.argnum if isinstance(a, nnx.DiffState) else a for a in each)
     plain = indices[0] if isinstance(argnums, Argnum) else indices
@@ -188,9 +276,7 @@ def _call(
         jax.tree.map(_first_state, x, is_leaf=_is_split) if i in chosen else x
         for i, x in enumerate(split_args)
     ]
-    (value, after), *results = core(pure, plain, True)(*differentiated)
-    _, aux = nnx.from_tree(after, is_inner=False, ctxtag=CONTEXT)  # Writes back what has changed.
-    return ((value, aux) if has_aux else value), *results
+    return pure, plain, differentiated
 
 
 def _as_prefix(argnum: Argnum) -> nnx.DiffState:

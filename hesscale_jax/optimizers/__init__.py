@@ -1,4 +1,7 @@
-"""Optax transformations that take the curvature as the extra argument ``hess_diag``."""
+"""Optax transformations that take the curvature as an extra argument.
+
+It is ``hess_diag``, or ``factors`` of :func:`orthogonal_newton`.
+"""
 
 from hesscale_jax.optimizers.adahesscale import (
     ScaleByHesScaleState,
@@ -7,6 +10,11 @@ from hesscale_jax.optimizers.adahesscale import (
 )
 from hesscale_jax.optimizers.diagonal_newton import diagonal_newton, scale_by_diagonal_newton
 from hesscale_jax.optimizers.estimator import hess_diag_as_estimator
+from hesscale_jax.optimizers.orthogonal_newton import (
+    ScaleByOrthogonalNewtonState,
+    orthogonal_newton,
+    scale_by_orthogonal_newton,
+)
 from hesscale_jax.optimizers.trust_region import (
     ScaleByCurvatureTrustRegionState,
     scale_by_curvature_trust_region,
@@ -17,12 +25,15 @@ from hesscale_jax.optimizers.trust_region import (
 __all__ = [
     "ScaleByCurvatureTrustRegionState",
     "ScaleByHesScaleState",
+    "ScaleByOrthogonalNewtonState",
     "adahesscale",
     "diagonal_newton",
     "hess_diag_as_estimator",
+    "orthogonal_newton",
     "scale_by_curvature_trust_region",
     "scale_by_diagonal_newton",
     "scale_by_hesscale",
+    "scale_by_orthogonal_newton",
     "scaled_adahesscale",
     "scaled_adam",
 ]

@@ -1,0 +1,335 @@
+r"""Orthogonal Newton: a damped Newton step in the inputs and outputs of each layer, orthogonalised.
+
+.. math::
+
+    S = \mathrm{orth}\!\left((A / \bar a + \delta I)^{-1} M\,
+        \mathrm{diag}(h / \bar h + \delta)^{-1}\right)
+
+for a layer's weights, with the momentum :math:`M`, the second moment :math:`A` of the layer's
+inputs, weighted by curvature, and the curvature :math:`h` of its outputs, which arrive as the extra
+argument ``factors``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from hesscale_jax.factored import Factors, Layout
+from hesscale_jax.optimizers.hess_diag import accumulator_dtype
+
+# Jordan's coefficients: five steps bring the singular values between .7 and 1.2.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+# An orthogonal matrix is scaled to this root mean square, about that of Adam's updates
+# (Liu et al., 2025), so that one learning rate serves all parameters.
+RMS = 0.2
+
+# Of wider layers, the inputs are taken as isotropic: their second moment is too large.
+WIDEST = 8192
+
+
+# What the state holds of each leaf.
+PER_LEAF = ("mu", "nu", "inputs", "outputs", "inverse")
+
+
+class ScaleByOrthogonalNewtonState(NamedTuple):
+    """State of :func:`scale_by_orthogonal_newton`; a tree has None where a leaf has no such."""
+
+    count: jax.Array  # type: ignore[assignment]  # Updates so far; shape=(), dtype=jnp.int32.
+    mu: optax.Updates  # EMA of the updates, in their dtype.
+    nu: optax.Updates  # EMA of the squared updates, of what is no layer's weights.
+    inputs: optax.Updates  # EMA of each layer's second moment of inputs, (count, n, n).
+    outputs: optax.Updates  # EMA of each layer's curvature of outputs, (count, m).
+    inverse: optax.Updates  # Of the damped second moment over its mean, (count, n, n).
+    refreshed: jax.Array  # Factors taken in so far; shape=(), dtype=jnp.int32.
+
+
+def scale_by_orthogonal_newton(
+    layouts: Any,
+    b1: ArrayLike = 0.95,
+    decay: ArrayLike = 0.6,
+    damping: ArrayLike = 0.2,
+    *,
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    skip_nonfinite: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale updates by the curvature of each layer's inputs and outputs, and orthogonalise them.
+
+    See :func:`orthogonal_newton` for the formula, the arguments and an example.
+    """
+
+    def init_fn(params: optax.Params) -> ScaleByOrthogonalNewtonState:
+        def of(layout: Layout, p: Any, kind: str) -> Any:
+            dtype = accumulator_dtype(p)
+            if not _is_matrix(layout):
+                return jnp.zeros_like(p, dtype=dtype) if kind == "nu" else None
+            count, n, m = layout.counts
+            if kind == "nu" or (kind != "outputs" and n > WIDEST):
+                return None
+            if kind == "outputs":
+                return jnp.zeros((count, m), dtype)
+            start = jnp.zeros if kind == "inputs" else _identities
+            return start((count, n, n), dtype)
+
+        found = matched(layouts, params)
+        kinds = ("nu", "inputs", "outputs", "inverse")
+        made = {
+            kind: jax.tree.map(lambda layout, p, kind=kind: of(layout, p, kind), found, params)
+            for kind in kinds
+        }
+        return ScaleByOrthogonalNewtonState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params),
+            refreshed=jnp.zeros([], jnp.int32),
+            **made,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByOrthogonalNewtonState,
+        params: optax.Params | None = None,
+        *,
+        factors: Any = None,
+        refreshed: ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByOrthogonalNewtonState]:
+        del params, extra_args
+        found = matched(layouts, updates)
+        tree: Any = jax.tree.structure(updates)
+        each = [
+            jax.tree.leaves(found),
+            jax.tree.leaves(updates),
+            _factors(factors, updates),
+            *(tree.flatten_up_to(getattr(state, kind)) for kind in PER_LEAF),
+        ]
+        fresh = _usable(each[0], each[2], refreshed, skip_nonfinite)
+        count = optax.safe_increment(state.count)
+        number = state.refreshed + (1 if fresh is None else jnp.asarray(fresh, jnp.int32))
+        t = count.astype(float)
+        results = []
+        for layout, g, factor, mu, nu, *curvature in zip(*each, strict=True):
+            held: Any = tuple(curvature)
+            wide = jnp.asarray(g, accumulator_dtype(g))
+            mean: Any = jnp.asarray(mu, wide.dtype)
+            if not _is_matrix(layout):
+                mean = adam_b1 * mean + (1 - adam_b1) * wide
+                nu = adam_b2 * nu + (1 - adam_b2) * wide * wide
+                root = jnp.sqrt(nu / (1 - adam_b2**t))
+                u = mean / (1 - adam_b1**t) / (root + eps)
+            else:
+                held = _renewed(layout, factor, held, decay, damping, fresh)
+                mean = b1 * mean + (1 - b1) * wide
+                ahead = b1 * mean + (1 - b1) * wide
+                u = layout.leaf(_direction(layout.matrices(ahead), held, damping))
+            results.append((u.astype(g.dtype), mean.astype(jnp.result_type(mu)), nu, *held))
+        scaled, *new = (tree.unflatten(leaves) for leaves in zip(*results, strict=True))
+        return scaled, ScaleByOrthogonalNewtonState(
+            count=count, refreshed=number, **dict(zip(PER_LEAF, new, strict=True))
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def matched(layouts: Any, tree: optax.Updates) -> Any:
+    """The layouts with the structure of the updates, some of which may be masked."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    try:
+        found = jax.tree.map(
+            lambda x, layout: x if is_masked(x) else layout, tree, layouts, is_leaf=is_masked
+        )
+    except ValueError as error:
+        raise ValueError(
+            "'layouts' has a different structure from the parameters: "
+            f"{jax.tree.structure(layouts)} against {jax.tree.structure(tree)}. Make it with "
+            "hesscale_jax.layouts(loss)(params, *batch), and put a transformation that changes "
+            "the structure, such as optax.flatten, after this one."
+        ) from error
+    for layout, (path, x) in zip(
+        jax.tree.leaves(found), jax.tree.leaves_with_path(tree), strict=True
+    ):
+        if not isinstance(layout, Layout) or layout.shape != jnp.shape(x):
+            raise ValueError(
+                f"'layouts' has {layout} for the parameter{jax.tree_util.keystr(path)} of shape "
+                f"{jnp.shape(x)}: make it with hesscale_jax.layouts(loss)(params, *batch)"
+            )
+    return found
+
+
+def _is_matrix(layout: Layout) -> bool:
+    return layout.factored and min(layout.counts[1:]) > 1
+
+
+def _identities(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+
+def _factors(factors: Any, updates: optax.Updates) -> list[Factors]:
+    """One for each of the updates."""
+    if factors is None:
+        raise TypeError(
+            "scale_by_orthogonal_newton needs the extra argument 'factors': call "
+            "update(updates, state, params, factors=...) with those of "
+            "hesscale_jax.value_and_factors. If you do pass it, some wrapper on the way does not "
+            "hand extra arguments on."
+        )
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode | Factors)
+
+    try:
+        found = jax.tree.map(
+            lambda u, f: u if isinstance(u, optax.MaskedNode) else f,
+            updates,
+            jax.tree.map(_Held, factors, is_leaf=is_leaf),
+            is_leaf=is_leaf,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "'factors' has a different structure from 'updates': "
+            f"{jax.tree.structure(factors)} against {jax.tree.structure(updates)}"
+        ) from error
+    return [held.factors for held in jax.tree.leaves(found)]
+
+
+class _Held:
+    """Factors as a leaf."""
+
+    def __init__(self, factors: Any) -> None:
+        if not isinstance(factors, Factors):
+            raise TypeError(
+                "'factors' must hold what hesscale_jax.value_and_factors returns, got "
+                f"{type(factors).__name__}"
+            )
+        self.factors = factors
+
+
+def _usable(
+    layouts: list[Layout], factors: list[Factors], refreshed: Any, skip_nonfinite: bool
+) -> Any:
+    """Whether the factors are to be taken in: None if that is certain while tracing."""
+    used = [f[1:] for layout, f in zip(layouts, factors, strict=True) if _is_matrix(layout)]
+    if not skip_nonfinite or not used or refreshed is False:
+        return refreshed
+    parts = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(used)]
+    return jnp.all(jnp.stack([*parts, jnp.asarray(True if refreshed is None else refreshed)]))
+
+
+def _renewed(
+    layout: Layout, factors: Factors, held: Any, decay: Any, damping: Any, fresh: Any
+) -> tuple[Any, Any, Any]:
+    """The averages with new factors, and the inverse that goes with them."""
+    if fresh is False:
+        return held
+    count, n, m = layout.counts
+    if factors.inputs is None or jnp.size(factors.inputs) != count * n * n:
+        raise ValueError(f"'factors' are not those of a layer of layout {layout}")
+
+    def renew(held: Any) -> Any:
+        inputs, outputs, inverse = held
+        h = jnp.abs(factors.outputs).reshape(count, m).astype(outputs.dtype)
+        outputs = decay * outputs + (1 - decay) * h
+        if inputs is not None:
+            new = factors.inputs.reshape(count, n, n).astype(inputs.dtype)
+            inputs = decay * inputs + (1 - decay) * new
+            inverse = _inverse(inputs, damping)
+        return inputs, outputs, inverse
+
+    if fresh is None or fresh is True:
+        return renew(held)
+    return jax.lax.cond(fresh, renew, lambda held: held, held)
+
+
+def _inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
+    """Of each matrix over its mean eigenvalue, plus the damping: by matrix products alone.
+
+    Newton and Schulz's iteration squares the error, from 1 less the condition number's inverse on.
+    """
+    n = a.shape[-1]
+    mean = jnp.trace(a, axis1=-2, axis2=-1)[:, None, None] / n
+    tiny = jnp.finfo(a.dtype).tiny
+    a = a / jnp.maximum(mean, tiny) + damping * jnp.eye(n, dtype=a.dtype)
+    bound = jnp.max(jnp.sum(jnp.abs(a), axis=-1), axis=-1)[:, None, None]
+    twice = 2 * jnp.eye(n, dtype=a.dtype)
+
+    def step(_: Any, x: jax.Array) -> jax.Array:
+        product = jnp.matmul(a, x, precision="highest")
+        return jnp.matmul(x, twice - product, precision="highest")
+
+    start = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape) / bound
+    return jax.lax.fori_loop(0, math.ceil(math.log2(5 * n)) + 5, step, start)
+
+
+def _direction(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> jax.Array:
+    """Matrices with a root mean square of :data:`RMS`; 0 where the momentum is."""
+    _, outputs, inverse = curvature
+    newton = momentum if inverse is None else inverse @ momentum
+    tiny = jnp.finfo(outputs.dtype).tiny
+    mean = jnp.maximum(jnp.mean(outputs, axis=-1, keepdims=True), tiny)
+    s = orthogonalised(newton / (outputs / mean + damping)[:, None, :])
+    square = jnp.mean(jnp.square(s), axis=(-2, -1), keepdims=True)
+    return RMS * s / jnp.sqrt(jnp.maximum(square, tiny))
+
+
+def orthogonalised(x: jax.Array) -> jax.Array:
+    """About the nearest matrix with singular values of 1, by matrix products alone.
+
+    References:
+      Jordan et al., `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024
+    """
+    a, b, c = QUINTIC
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
+    for _ in range(STEPS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def orthogonal_newton(
+    learning_rate: optax.ScalarOrSchedule,
+    layouts: Any,
+    b1: ArrayLike = 0.95,
+    decay: ArrayLike = 0.6,
+    damping: ArrayLike = 0.2,
+    *,
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    skip_nonfinite: bool = True,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A damped Newton step in the inputs and outputs of each layer, orthogonalised."""
+    decayed = (
+        optax.identity()
+        if weight_decay is None
+        else optax.add_decayed_weights(weight_decay, mask=mask)
+    )
+    return optax.chain(
+        scale_by_orthogonal_newton(
+            layouts,
+            b1,
+            decay,
+            damping,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            eps=eps,
+            skip_nonfinite=skip_nonfinite,
+        ),
+        decayed,
+        optax.scale_by_learning_rate(learning_rate),
+    )
