@@ -1,23 +1,26 @@
-"""Optimizers side by side on real data: which loss after how many steps, and how many seconds.
+"""Optimizers side by side: which loss after how many steps, and how many seconds.
 
-Three tasks: an MLP and a CNN on scikit-learn's handwritten digits (the loss on all training
-images), and a small transformer on the source code of Python's standard library, character by
-character (the loss on text that was held out). Learning rates are constant. Every optimizer is
-trained with each learning rate of a grid over three decades, from the same starts on the same
-batches.
+    digits MLP, CNN, ViT   scikit-learn's handwritten digits; the loss on all training images, and
+                           on those held out
+    autoencoder            the same, 64-48-32-16-32-48-64, tanh
+    PINN                   u'' = f on an interval, two scales, 1-32-32-32-1, tanh
+    character LM           a transformer on the source of Python's standard library; held-out text
 
-    at its best   with the learning rate of the lowest final loss on the task, mean over the seeds
+Learning rates warm up over a twentieth of the steps and decay by a cosine. Every optimizer is
+trained with each rate of a grid over three decades, from the same starts on the same batches.
+
+    at its best   with the rate of the lowest final loss on the task, mean over the seeds
+    at default    orthogonal_newton alone, with the rate of 0.02
     one for all   with the one that is best on all tasks together, by the mean logarithm of the loss
-    to Adam's     steps and seconds until the loss, mean over the seeds, is as low as Adam's at its
-                  best ever is; a dash if it never is
+    to Adam's     steps until the loss, mean over the seeds, is as low as Adam's last at its best
 
 Seconds are steps times the time of one step, measured with all optimizers taking turns, and so
 without compilation and evaluation.
 
-    python benchmarks/training.py                    everything, about half an hour on two cores
-    python benchmarks/training.py --tasks "digits MLP"
+    python benchmarks/training.py --quick            two tasks, two optimizers, one seed: minutes
+    python benchmarks/training.py                    everything, hours on two cores
+    python benchmarks/training.py --tasks "digits MLP" --methods Adam Muon
     python benchmarks/training.py --tasks            only draws what was measured before
-    python benchmarks/training.py --methods Adam AdaHesScale --eps 1e-8 --output out
 """
 
 import argparse
@@ -33,6 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matrix_peers
 import numpy as np
 import optax
 from flax import nnx
@@ -48,68 +52,93 @@ import char_lm
 import digits
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "data"
-INTERVAL = 10  # Sophia looks at every tenth diagonal.
-BASELINE = "Adam"
+INTERVAL = 10  # Curvature and bases are renewed at every tenth step, where a method may.
+BASELINE, OURS, DEFAULT = "Adam", "orthogonal_newton", 0.02
+EPS = 1e-3  # Of AdaHesScale and AdaHessian.
+QUICK = "digits MLP", "autoencoder"
 
 
-def three_decades(lowest: float) -> tuple[float, ...]:
+def decades(lowest: float) -> tuple[float, ...]:
     return tuple(lowest * 10 ** (i / 2) for i in range(7))
 
 
 class Method(NamedTuple):
     """An optimizer, and where its curvature comes from."""
 
-    tx: Callable[[Any], optax.GradientTransformation]
-    derivatives: Callable[..., Any]  # (loss, step, params, *batch) -> (grad, extra arguments)
-    rates: Sequence[float] = three_decades(1e-4)
-    interval: int = 1  # At other steps than each so many-th, there is no new diagonal.
+    tx: Callable[[Any, Any], optax.GradientTransformation]  # (rate, layouts)
+    derivatives: Callable[..., Any]  # (loss, fresh, step, params, *batch) -> (grad, extra)
+    rates: Sequence[float]
+    interval: int = 1  # At other steps than each so many-th, nothing is renewed.
 
 
-def gradient(loss: Callable[..., Any], step: Any, *args: Any) -> Any:
+def gradient(loss: Callable[..., Any], fresh: bool, step: Any, *args: Any) -> Any:
     return jax.grad(loss)(*args), {}
 
 
-def hesscale(loss: Callable[..., Any], step: Any, *args: Any) -> Any:
-    grad, hess_diag = hs.hesscale(loss)(*args)
-    return grad, {"hess_diag": hess_diag}
+def renewing(loss: Callable[..., Any], fresh: bool, step: Any, *args: Any) -> Any:
+    return jax.grad(loss)(*args), {"refreshed": fresh}
 
 
-def gauss_newton(loss: Callable[..., Any], step: Any, *args: Any) -> Any:
-    grad, hess_diag = hs.hesscale(loss, curvature="gauss_newton")(*args)
-    return grad, {"hess_diag": hess_diag}
+def diagonal(curvature: str) -> Callable[..., Any]:
+    def derivatives(loss: Callable[..., Any], fresh: bool, step: Any, *args: Any) -> Any:
+        transform = hs.value_and_hesscale_every(INTERVAL)(loss, curvature=curvature)
+        _, (grad, hess_diag), refreshed = transform(0 if fresh else 1, *args)
+        return grad, {"hess_diag": hess_diag, "refreshed": refreshed}
+
+    return derivatives
 
 
-def hutchinson(loss: Callable[..., Any], step: Any, *args: Any) -> Any:
+def factors(weighted: bool) -> Callable[..., Any]:
+    def derivatives(loss: Callable[..., Any], fresh: bool, step: Any, *args: Any) -> Any:
+        transform = hs.value_and_factors_every(INTERVAL)(loss, weighted=weighted)
+        _, (grad, found), refreshed = transform(0 if fresh else 1, *args)
+        return grad, {"factors": found, "refreshed": refreshed}
+
+    return derivatives
+
+
+def hutchinson(loss: Callable[..., Any], fresh: bool, step: Any, *args: Any) -> Any:
     key = jax.random.fold_in(jax.random.key(0), step)
     _, (grad, hess_diag) = value_and_hutchinson(loss)(key, *args)
     return grad, {"hess_diag": hess_diag}
 
 
-def no_diagonal(loss: Callable[..., Any], step: Any, *args: Any) -> Any:
-    grad = jax.grad(loss)(*args)
-    return grad, {"hess_diag": jax.tree.map(jnp.zeros_like, grad), "refreshed": False}
-
-
-def sophia(learning_rate: Any) -> optax.GradientTransformation:
+def sophia(rate: Any, layouts: Any) -> optax.GradientTransformation:
     return optax.contrib.sophia(
-        learning_rate,
+        rate,
         weight_decay=0.0,
         update_interval=INTERVAL,
         hessian_diagonal_fn=hs.hess_diag_as_estimator(),
     )
 
 
-def methods(eps: float) -> dict[str, Method]:
-    adahesscale = functools.partial(hs.adahesscale, eps=eps)
-    momentum = functools.partial(optax.sgd, momentum=0.9)
-    return {
-        BASELINE: Method(optax.adam, gradient),
-        "AdaHesScale": Method(adahesscale, hesscale),
-        "AdaHesScaleGN": Method(adahesscale, gauss_newton),
-        "Sophia, by HesScaleGN": Method(sophia, gauss_newton, interval=INTERVAL),
-        "AdaHessian, by Hutchinson": Method(adahesscale, hutchinson, three_decades(1e-3)),
-        "SGD with momentum": Method(momentum, gradient, three_decades(1e-3)),
-    }
+def plain(tx: Callable[..., Any], **how: Any) -> Callable[[Any, Any], Any]:
+    return lambda rate, layouts: tx(rate, **how)
+
+
+def psgd(rate: Any, layouts: Any) -> optax.GradientTransformation:
+    from psgd_jax.kron import kron  # Not everybody's: an optional peer.
+
+    return kron(rate, b1=0.9, weight_decay=0.0)
+
+
+ADAM, MATRIX = decades(1e-4), decades(DEFAULT / 10**1.5)
+
+METHODS: dict[str, Method] = {
+    OURS: Method(hs.orthogonal_newton, factors(weighted=True), MATRIX, INTERVAL),
+    BASELINE: Method(plain(optax.adam), gradient, ADAM),
+    "Adam, b2 .99": Method(plain(optax.adam, b2=0.99), gradient, ADAM),
+    "SGD with momentum": Method(plain(optax.sgd, momentum=0.9), gradient, decades(1e-3)),
+    "Muon": Method(matrix_peers.muon, gradient, MATRIX),
+    "Newton-Muon": Method(matrix_peers.newton_muon, factors(weighted=False), MATRIX, INTERVAL),
+    "SOAP": Method(matrix_peers.soap, renewing, decades(1e-4), INTERVAL),
+    "SOAP-Muon": Method(matrix_peers.soap_muon, renewing, MATRIX, INTERVAL),
+    "PSGD Kron": Method(psgd, gradient, ADAM),
+    "Sophia, by HesScaleGN": Method(sophia, diagonal("gauss_newton"), ADAM, INTERVAL),
+    "AdaHessian, by Hutchinson": Method(plain(hs.adahesscale, eps=EPS), hutchinson, decades(1e-3)),
+    "AdaHesScale": Method(plain(hs.adahesscale, eps=EPS), diagonal("hessian"), ADAM),
+    "AdaHesScaleGN": Method(plain(hs.adahesscale, eps=EPS), diagonal("gauss_newton"), ADAM),
+}
 
 
 class Task(NamedTuple):
@@ -120,15 +149,37 @@ class Task(NamedTuple):
     batch: Callable[[int, int], tuple[np.ndarray, ...]]  # (seed, step) -> batch
     evaluation: tuple[np.ndarray, ...]  # The batch whose loss is reported.
     steps: int
-    evaluate_every: int
+    held_out: tuple[np.ndarray, ...] | None = None  # A second batch, whose last loss is.
 
 
-def digits_task(index: int) -> Task:
-    train, _ = digits.load()
-    apply = digits.networks(0)[index].apply
+EVALUATE_EVERY = 20
+
+
+class ViT(nnx.Module):
+    """A transformer on patches of 2 x 2 pixels."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        width = 32
+        self.patches = nnx.Linear(4, width, rngs=rngs)
+        self.positions = nnx.Param(0.1 * jax.random.normal(rngs.params(), (1, 16, width)))
+        self.blocks = nnx.List([char_lm.Block(width, 4, jnp.float32, rngs) for _ in range(2)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.logits = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        cells = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
+        x = self.patches(cells) + self.positions[...]
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.norm(x).mean(axis=1))
+
+
+def digits_task(build: Callable[[nnx.Rngs], nnx.Module], steps: int) -> Task:
+    train, test = digits.load()
+    graphdef, _ = nnx.split(build(nnx.Rngs(0)))
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return digits.cross_entropy(apply(params, images), labels)
+        return digits.cross_entropy(nnx.merge(graphdef, params)(images), labels)
 
     def batch(seed: int, step: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([seed, step])
@@ -137,7 +188,66 @@ def digits_task(index: int) -> Task:
         noise = rng.standard_normal(images.shape, np.float32)
         return images + digits.NOISE * noise, train.labels[rows]
 
-    return Task(lambda seed: digits.networks(seed)[index].params, loss, batch, train, 880, 44)
+    return Task(
+        lambda seed: nnx.split(build(nnx.Rngs(seed)))[1], loss, batch, train, steps, held_out=test
+    )
+
+
+def dense(sizes: Sequence[int], seed: int) -> list[dict[str, jax.Array]]:
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    return [
+        {"w": jax.random.normal(key, (n, m)) * n**-0.5, "b": jnp.zeros(m)}
+        for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+
+
+def forward(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def autoencoder_task() -> Task:
+    train, test = digits.load()
+
+    def loss(params: Any, images: jax.Array) -> jax.Array:
+        x = images.reshape(len(images), -1)
+        return jnp.sum(jnp.square(forward(params, x) - x), axis=-1).mean() / 2
+
+    def batch(seed: int, step: int) -> tuple[np.ndarray, ...]:
+        rows = np.random.default_rng([seed, step]).integers(len(train.labels), size=128)
+        return (train.images[rows],)
+
+    sizes = (64, 48, 32, 16, 32, 48, 64)
+    evaluation, held_out = (train.images,), (test.images,)
+    return Task(lambda s: dense(sizes, s), loss, batch, evaluation, 600, held_out=held_out)
+
+
+def pinn_task() -> Task:
+    """``u'' = f`` on [0, 1], ``u = sin(pi x) + .1 sin(4 pi x)``, with u = 0 at both ends."""
+
+    def params(seed: int) -> Any:
+        first, *rest = dense((1, 32, 32, 32, 1), seed)
+        return [{"w": 3 * first["w"], "b": jnp.linspace(-1.0, 1.0, 32)}, *rest]
+
+    def second_derivative(params: Any, x: jax.Array) -> jax.Array:
+        def u(x: jax.Array) -> jax.Array:
+            return forward(params, x[:, None])[:, 0] * x * (1 - x)
+
+        def slope(x: jax.Array) -> jax.Array:
+            return jax.jvp(u, (x,), (jnp.ones_like(x),))[1]
+
+        return jax.jvp(slope, (x,), (jnp.ones_like(x),))[1]
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        pi = math.pi
+        f = -(pi**2) * jnp.sin(pi * x) - 0.1 * (4 * pi) ** 2 * jnp.sin(4 * pi * x)
+        return jnp.mean(jnp.square(second_derivative(params, x) - f)) / 100
+
+    def batch(seed: int, step: int) -> tuple[np.ndarray, ...]:
+        return (np.random.default_rng([seed, step]).random(64, np.float32),)
+
+    return Task(params, loss, batch, (np.linspace(0, 1, 257, dtype=np.float32),), 600)
 
 
 def char_lm_task() -> Task:
@@ -160,94 +270,111 @@ def char_lm_task() -> Task:
 
     held_out = np.linspace(0, len(validation) - length - 1, 64, dtype=int)
     evaluation = (char_lm.batch(validation, held_out, length + 1),)
-    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 300, 30)
+    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 300)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
-    "digits MLP": lambda: digits_task(0),
-    "digits CNN": lambda: digits_task(2),
+    "digits MLP": lambda: digits_task(digits.NnxMLP, 600),
+    "digits CNN": lambda: digits_task(digits.NnxCNN, 400),
+    "digits ViT": lambda: digits_task(ViT, 400),
+    "autoencoder": autoencoder_task,
+    "PINN": pinn_task,
     "character LM": char_lm_task,
 }
 
 # Training
 
 
+def schedule(step: Any, steps: int) -> Any:
+    """Warm-up over a twentieth of the steps, then a cosine to 0."""
+    return jnp.minimum((step + 1) * 20 / steps, 1) * (1 + jnp.cos(math.pi * step / steps)) / 2
+
+
 def train_step(task: Task, method: Method) -> Callable[..., Any]:
-    def step_fun(
-        derivatives: Callable[..., Any], step: Any, rate: Any, params: Any, state: Any, *batch: Any
-    ) -> Any:
-        grad, extra = derivatives(task.loss, step, params, *batch)
-        updates, state = method.tx(rate).update(grad, state, params, **extra)
+    layouts = hs.layouts(task.loss)(task.params(0), *task.batch(0, 0))
+
+    def step_fun(fresh: bool, step: Any, rate: Any, params: Any, state: Any, *batch: Any) -> Any:
+        grad, extra = method.derivatives(task.loss, fresh, step, params, *batch)
+        tx = optax.with_extra_args_support(method.tx(rate * schedule(step, task.steps), layouts))
+        updates, state = tx.update(grad, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    fresh = jax.jit(functools.partial(step_fun, method.derivatives))
-    stale = jax.jit(functools.partial(step_fun, no_diagonal))
     # Not one program with a branch, in which convolutions on a CPU are slow: jax-ml/jax#12868.
-    return lambda step, rate, *args: (stale if step % method.interval else fresh)(
-        np.int32(step), np.float32(rate), *args
-    )
+    fresh, stale = (jax.jit(functools.partial(step_fun, b)) for b in (True, False))
+
+    def step(number: int, rate: float, *args: Any) -> Any:
+        which = stale if number % method.interval else fresh
+        return which(np.int32(number), np.float32(rate), *args)
+
+    step.init = lambda rate, params: method.tx(rate, layouts).init(params)  # type: ignore[attr-defined]
+    return step
 
 
 def curves(
-    task: Task, method: Method, step_fun: Callable[..., Any], seeds: Sequence[int], done: Any
-) -> dict[str, list[list[float]]]:
-    """By learning rate, for each seed, the loss after every so many steps."""
+    task: Task, method: Method, step_fun: Any, seeds: Sequence[int], done: Any
+) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
+    """By learning rate, for each seed: the loss after every so many steps; the held-out loss."""
     evaluate = jax.jit(task.loss)
     evaluation = jax.device_put(task.evaluation)
     found: dict[str, list[list[float]]] = {f"{rate:.3g}": [] for rate in method.rates}
+    held_out: dict[str, list[float]] = {key: [] for key in found}
     for seed in seeds:
         params = task.params(seed)
         batches = jax.device_put([task.batch(seed, step) for step in range(task.steps)])
         for rate in method.rates:
-            p, state, losses = params, method.tx(rate).init(params), []
+            p, state, losses = params, step_fun.init(rate, params), []
             for step, batch in enumerate(batches):
                 p, state = step_fun(step, rate, p, state, *batch)
-                if (step + 1) % task.evaluate_every == 0:
+                if (step + 1) % EVALUATE_EVERY == 0:
                     losses.append(float(evaluate(p, *evaluation)))
             found[f"{rate:.3g}"].append(losses)
+            if task.held_out is not None:
+                held_out[f"{rate:.3g}"].append(float(evaluate(p, *task.held_out)))
             done()
-    return found
+    return found, held_out
 
 
 def milliseconds(
-    task: Task, every: dict[str, Method], step_funs: dict[str, Callable[..., Any]], rounds: int
+    task: Task, every: Sequence[str], step_funs: dict[str, Any], rounds: int
 ) -> dict[str, float]:
     """The median time of a step, the methods taking turns of ten steps."""
     params = task.params(0)
     batches = jax.device_put([task.batch(0, step) for step in range(INTERVAL)])
-    states = {name: method.tx(1e-3).init(params) for name, method in every.items()}
+    states = {name: step_funs[name].init(1e-3, params) for name in every}
     times: dict[str, list[float]] = {name: [] for name in every}
-    for _ in range(rounds):
-        for name, step_fun in step_funs.items():
+    for _ in range(rounds + 1):  # The first one compiles.
+        for name in every:
             p, state = params, states[name]
             start = time.perf_counter()
             for step, batch in enumerate(batches):
-                p, state = step_fun(step, 1e-3, p, state, *batch)
+                p, state = step_funs[name](step, 1e-3, p, state, *batch)
             jax.block_until_ready(p)
             times[name].append((time.perf_counter() - start) / len(batches))
-    return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    return {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}
 
 
 def measure(
-    name: str, chosen: Sequence[str], eps: float, seeds: int, progress: Progress
-) -> dict[str, Any]:
-    task, every = TASKS[name](), methods(eps)
-    step_funs = {key: train_step(task, method) for key, method in every.items()}
-    bar = progress.add_task(name, total=seeds * sum(len(every[key].rates) for key in chosen))
-    losses = {}
+    name: str, chosen: Sequence[str], seeds: int, before: dict[str, Any], progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """The results of a task so far, after each method and after the timing."""
+    task = TASKS[name]()
+    step_funs = {key: train_step(task, METHODS[key]) for key in chosen}
+    bar = progress.add_task(name, total=seeds * sum(len(METHODS[key].rates) for key in chosen))
+    result: dict[str, Any] = {
+        "steps": task.steps,
+        "losses": dict(before.get("losses", {})),
+        "held_out": dict(before.get("held_out", {})),
+        "milliseconds": dict(before.get("milliseconds", {})),
+    }
     for key in chosen:
-        method = every[key]
         progress.update(bar, description=f"{name}, {key}")
         done = functools.partial(progress.advance, bar)
-        losses[key] = curves(task, method, step_funs[key], range(seeds), done)
+        losses, held_out = curves(task, METHODS[key], step_funs[key], range(seeds), done)
+        result["losses"][key], result["held_out"][key] = losses, held_out
+        yield result
     progress.update(bar, description=f"{name}, timing")
-    return {
-        "steps": task.steps,
-        "evaluate_every": task.evaluate_every,
-        "eps": eps,
-        "losses": losses,
-        "milliseconds": milliseconds(task, every, step_funs, rounds=20),
-    }
+    result["milliseconds"] |= milliseconds(task, chosen, step_funs, rounds=10)
+    yield result
 
 
 # What is reported
@@ -264,106 +391,168 @@ def best_rate(by_rate: dict[str, list[list[float]]]) -> str:
 
 
 def one_for_all(results: dict[str, Any], method: str) -> str:
-    tried = [r["losses"][method] for r in results.values()]
+    tried = [r["losses"][method] for r in results.values() if method in r["losses"]]
     return min(
         (rate for rate in tried[0] if all(rate in by_rate for by_rate in tried)),
-        key=lambda rate: sum(math.log(final(r["losses"][method][rate])) for r in results.values()),
+        key=lambda rate: sum(math.log(max(final(by_rate[rate]), 1e-30)) for by_rate in tried),
     )
 
 
-def steps_to(losses: list[list[float]], target: float, every: int) -> float:
+def steps_to(losses: list[list[float]], target: float) -> float:
     """How many steps until the mean loss is as low as the target; infinite if it never is."""
     means = map(statistics.mean, zip(*losses, strict=True))
-    return next((every * (i + 1) for i, loss in enumerate(means) if loss <= target), math.inf)
+    return next((EVALUATE_EVERY * (i + 1) for i, y in enumerate(means) if y <= target), math.inf)
+
+
+def targets(result: dict[str, Any]) -> tuple[float, float, str]:
+    """The last loss of Adam and of the best other method, at their best, and its name."""
+    last = {
+        method: final(by_rate[best_rate(by_rate)]) for method, by_rate in result["losses"].items()
+    }
+    peers = {method: loss for method, loss in last.items() if method != OURS} or last
+    best = min(peers, key=peers.__getitem__)
+    return last.get(BASELINE, math.nan), peers[best], best
+
+
+def number(x: float, digits: int = 0) -> str:
+    return f"{x:.{digits}f}" if math.isfinite(x) else "-"
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
-    columns = ["", "ms/step", "at its best", "loss", "steps to Adam's", "seconds to Adam's"]
-    columns += ["one for all", "loss", "steps to Adam's"]
+    columns = ["", "ms/step", "at its best", "last loss", "spread", "held out", "to Adam's"]
+    columns += ["seconds", "to the best peer's", "one for all", "last loss", "to Adam's"]
     for name, result in results.items():
-        by_method, every = result["losses"], result["evaluate_every"]
-        best_runs = by_method[BASELINE][best_rate(by_method[BASELINE])]
-        target = min(map(statistics.mean, zip(*best_runs, strict=True)))
+        adam, peer, best_peer = targets(result)
         rows = []
-        for method, by_rate in by_method.items():
+        for method, by_rate in result["losses"].items():
             best, common = best_rate(by_rate), one_for_all(results, method)
-            ms = result["milliseconds"][method]
-            steps, common_steps = (steps_to(by_rate[r], target, every) for r in (best, common))
+            ms = result["milliseconds"].get(method, math.nan)
+            last = [run[-1] for run in by_rate[best]]
+            held_out = result["held_out"].get(method, {}).get(best) or [math.nan]
+            steps = steps_to(by_rate[best], adam)
             rows.append(
                 [
                     method,
-                    f"{ms:.2f}",
+                    number(ms, 2),
                     best,
-                    f"{final(by_rate[best]):.4f}",
-                    f"{steps:.0f}" if steps < math.inf else "-",
-                    f"{1e-3 * ms * steps:.2f}" if steps < math.inf else "-",
+                    f"{final(by_rate[best]):.4g}",
+                    f"{max(last) - min(last):.2g}",
+                    number(statistics.mean(held_out), 4),
+                    number(steps),
+                    number(1e-3 * ms * steps, 2),
+                    number(steps_to(by_rate[best], peer)),
                     common,
-                    f"{final(by_rate[common]):.4f}",
-                    f"{common_steps:.0f}" if common_steps < math.inf else "-",
+                    f"{final(by_rate[common]):.4g}",
+                    number(steps_to(by_rate[common], adam)),
                 ]
             )
-        yield Table(f"{name}, {result['steps']} steps, eps {result['eps']:g}", columns, rows)
+        seeds = len(next(iter(next(iter(result["losses"].values())).values())))
+        title = f"{name}, {result['steps']} steps, {seeds} seeds; best peer: {best_peer}"
+        yield Table(title, columns, rows)
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart too.
-COLOURS = ["black", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"]
+def ratios(results: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Our steps to Adam's best final loss over Adam's, at our best rate and at the default."""
+    tuned, default = [], []
+    for result in results.values():
+        if OURS not in result["losses"] or BASELINE not in result["losses"]:
+            continue
+        by_rate, adam = result["losses"][OURS], result["losses"][BASELINE]
+        target = targets(result)[0]
+        steps = steps_to(adam[best_rate(adam)], target)
+        tuned.append(min(steps_to(runs, target) for runs in by_rate.values()) / steps)
+        default.append(steps_to(by_rate[f"{DEFAULT:.3g}"], target) / steps)
+    return tuned, default
+
+
+def summary(results: dict[str, Any]) -> str:
+    means = [
+        number(math.exp(statistics.mean(map(math.log, each))) if each else math.inf, 2)
+        for each in ratios(results)
+    ]
+    return (
+        "steps to Adam's best final loss, geometric mean over tasks: "
+        f"{means[0]} tuned, {means[1]} at the default rate"
+    )
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart too; then others.
+COLOURS = ["#D55E00", "black", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999"]
+STYLES = ["-", "--"]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(4.2 * len(results), 4), layout="constrained")
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
-    for ax, (name, result) in zip(axes, results.items(), strict=True):
-        for colour, (method, by_rate) in zip(COLOURS, result["losses"].items(), strict=False):
-            rates = [float(rate) for rate in by_rate]
-            last = np.array([[run[-1] for run in runs] for runs in by_rate.values()])
+    """The loss by steps, each method at its best; and the last loss by learning rate."""
+    figure = Figure(figsize=(3.4 * len(results), 6.6), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False)
+    for (above, below), (name, result) in zip(axes.T, results.items(), strict=True):
+        adam = targets(result)[0]
+        for i, (method, by_rate) in enumerate(result["losses"].items()):
+            look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS)]}
+            look["lw"] = 2.2 if method == OURS else 1.1
+            runs = np.array(by_rate[best_rate(by_rate)])
+            steps = EVALUATE_EVERY * (1 + np.arange(runs.shape[1]))
+            above.plot(steps, runs.mean(0), label=method, **look)
+            last = np.array([[run[-1] for run in runs] for runs in by_rate.values()]).mean(1)
             last = np.where(np.isfinite(last), last, np.inf)
-            ax.plot(rates, last.mean(1), "o-", color=colour, label=method, markersize=3)
-            ax.fill_between(rates, last.min(1), last.max(1), color=colour, alpha=0.15)
-        first = max(run[0] for run in result["losses"][BASELINE]["0.0001"])
-        ax.set(xscale="log", yscale="log", title=name, xlabel="learning rate")
-        ax.set_ylim(top=1.5 * first)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("final loss: mean, lowest and highest of the seeds")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=100)
+            below.plot([float(rate) for rate in by_rate], last, marker=".", **look)
+        above.axhline(adam, color="grey", lw=0.6, ls=":")
+        first = result["losses"][BASELINE if BASELINE in result["losses"] else OURS]
+        start = max(run[0] for runs in first.values() for run in runs if math.isfinite(run[0]))
+        above.set(yscale="log", title=name, xlabel="steps")
+        below.set(xscale="log", yscale="log", xlabel="learning rate")
+        above.set_ylim(top=1.5 * start)
+        below.set_ylim(top=1.5 * start)
+        for ax in (above, below):
+            ax.grid(alpha=0.3)
+            ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("loss, at the best rate")
+    axes[1][0].set_ylabel("last loss")
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=7, frameon=False)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS)
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=[""],
-        help="whose names contain one; others stay as measured",
+        "--methods", nargs="+", help="whose names contain one; others stay as measured"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--eps", type=float, default=1e-3, help="of AdaHesScale and AdaHessian")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--output", type=Path, help="a directory")
     options = parser.parse_args()
+    tasks = options.tasks if options.tasks is not None else QUICK if options.quick else TASKS
+    wanted = options.methods or ([OURS, BASELINE] if options.quick else [""])
+    seeds = options.seeds or (1 if options.quick else 3)
+    output = options.output or (Path("quick") if options.quick else RESULTS)
+    exact = options.quick and not options.methods
+    chosen = [
+        name
+        for name in METHODS
+        if (name in wanted if exact else any(part in name for part in wanted))
+    ]
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    data = options.output / "training.json"
+    output.mkdir(parents=True, exist_ok=True)
+    data = output / "training.json"
     results = json.loads(data.read_text()) if data.exists() else {}
-    every = methods(options.eps)
-    chosen = [name for name in every if any(part in name for part in options.methods)]
     with Progress(console=console) as progress:
-        for name in options.tasks:
-            before = results.get(name, {}).get("losses", {})
-            results[name] = measure(name, chosen, options.eps, options.seeds, progress)
-            losses = before | results[name]["losses"]
-            results[name]["losses"] = {key: losses[key] for key in every if key in losses}
-            data.write_text(json.dumps(results) + "\n")
+        for name in tasks:
+            for result in measure(name, chosen, seeds, results.get(name, {}), progress):
+                order = [key for key in METHODS if key in result["losses"]]
+                losses = {key: result["losses"][key] for key in order}
+                results[name] = result | {"losses": losses}
+                data.write_text(json.dumps(results) + "\n")
     results = {name: results[name] for name in TASKS if name in results}
     made = list(tables(results))
     for table in made:
         table.show()
-    write(options.output / "training.md", made, results)
-    draw(results, options.output / "training.png")
+    write(output / "training.md", made, results)
+    draw(results, output / "training.png")
+    console.print(summary(results))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from hesscale_jax.factored import Factors, Layout
-from hesscale_jax.optimizers.hess_diag import accumulator_dtype
+from hesscale_jax.optimizers.hess_diag import accumulator_dtype, keep_unless
 
 # Jordan's coefficients: five steps bring the singular values between .7 and 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -33,6 +33,11 @@ RMS = 0.2
 # Of wider layers, the inputs are taken as isotropic: their second moment is too large.
 WIDEST = 8192
 
+
+ADVICE = (
+    "Make it with hesscale_jax.layouts(loss)(params, *batch), and put a transformation that "
+    "changes the parameters' structure or shapes, such as optax.flatten, after this one."
+)
 
 # What the state holds of each leaf.
 PER_LEAF = ("mu", "nu", "inputs", "outputs", "inverse")
@@ -52,7 +57,7 @@ class ScaleByOrthogonalNewtonState(NamedTuple):
 
 def scale_by_orthogonal_newton(
     layouts: Any,
-    b1: ArrayLike = 0.95,
+    b1: ArrayLike = 0.9,
     decay: ArrayLike = 0.6,
     damping: ArrayLike = 0.2,
     *,
@@ -64,6 +69,18 @@ def scale_by_orthogonal_newton(
     """Rescale updates by the curvature of each layer's inputs and outputs, and orthogonalise them.
 
     See :func:`orthogonal_newton` for the formula, the arguments and an example.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` requires the argument
+      ``factors``, as :func:`hesscale_jax.value_and_factors` returns them, and takes ``refreshed``:
+      with False, the factors are left out and the averages stay as they are. It ignores extra
+      arguments unknown to it. The updates keep their dtypes; the arithmetic is done in float32 at
+      least. Where the updates hold :class:`optax.MaskedNode`, as inside :func:`optax.masked`,
+      layouts and factors are not looked at.
+
+    Raises:
+      ValueError: ``layouts`` or ``factors`` differ from the parameters in structure or shape.
+      TypeError: From ``update``, if ``factors`` are missing.
     """
 
     def init_fn(params: optax.Params) -> ScaleByOrthogonalNewtonState:
@@ -131,9 +148,14 @@ def scale_by_orthogonal_newton(
                 u = layout.leaf(_direction(layout.matrices(ahead), held, damping))
             results.append((u.astype(g.dtype), mean.astype(jnp.result_type(mu)), nu, *held))
         scaled, *new = (tree.unflatten(leaves) for leaves in zip(*results, strict=True))
-        return scaled, ScaleByOrthogonalNewtonState(
+        moved = ScaleByOrthogonalNewtonState(
             count=count, refreshed=number, **dict(zip(PER_LEAF, new, strict=True))
         )
+        if skip_nonfinite:
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in each[1]]))
+            scaled = jax.tree.map(lambda u: jnp.where(finite, u, 0), scaled)
+            moved = keep_unless(finite, moved, state)
+        return scaled, moved
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -151,9 +173,7 @@ def matched(layouts: Any, tree: optax.Updates) -> Any:
     except ValueError as error:
         raise ValueError(
             "'layouts' has a different structure from the parameters: "
-            f"{jax.tree.structure(layouts)} against {jax.tree.structure(tree)}. Make it with "
-            "hesscale_jax.layouts(loss)(params, *batch), and put a transformation that changes "
-            "the structure, such as optax.flatten, after this one."
+            f"{jax.tree.structure(layouts)} against {jax.tree.structure(tree)}. {ADVICE}"
         ) from error
     for layout, (path, x) in zip(
         jax.tree.leaves(found), jax.tree.leaves_with_path(tree), strict=True
@@ -161,7 +181,7 @@ def matched(layouts: Any, tree: optax.Updates) -> Any:
         if not isinstance(layout, Layout) or layout.shape != jnp.shape(x):
             raise ValueError(
                 f"'layouts' has {layout} for the parameter{jax.tree_util.keystr(path)} of shape "
-                f"{jnp.shape(x)}: make it with hesscale_jax.layouts(loss)(params, *batch)"
+                f"{jnp.shape(x)}. {ADVICE}"
             )
     return found
 
@@ -242,7 +262,7 @@ def _renewed(
         if inputs is not None:
             new = factors.inputs.reshape(count, n, n).astype(inputs.dtype)
             inputs = decay * inputs + (1 - decay) * new
-            inverse = _inverse(inputs, damping)
+            inverse = damped_inverse(inputs, damping)
         return inputs, outputs, inverse
 
     if fresh is None or fresh is True:
@@ -250,24 +270,24 @@ def _renewed(
     return jax.lax.cond(fresh, renew, lambda held: held, held)
 
 
-def _inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
+def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
     """Of each matrix over its mean eigenvalue, plus the damping: by matrix products alone.
 
-    Newton and Schulz's iteration squares the error, from 1 less the condition number's inverse on.
+    Newton and Schulz's iteration squares the error ``I - A X``, whose norm is 1 less the least
+    eigenvalue over the bound at first: about ``damping / n`` at worst.
     """
     n = a.shape[-1]
+    eye = jnp.eye(n, dtype=a.dtype)[None]
     mean = jnp.trace(a, axis1=-2, axis2=-1)[:, None, None] / n
-    tiny = jnp.finfo(a.dtype).tiny
-    a = a / jnp.maximum(mean, tiny) + damping * jnp.eye(n, dtype=a.dtype)
-    bound = jnp.max(jnp.sum(jnp.abs(a), axis=-1), axis=-1)[:, None, None]
-    twice = 2 * jnp.eye(n, dtype=a.dtype)
+    a = a / jnp.maximum(mean, jnp.finfo(a.dtype).tiny) + damping * eye
+    bound = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
 
     def step(_: Any, x: jax.Array) -> jax.Array:
         product = jnp.matmul(a, x, precision="highest")
-        return jnp.matmul(x, twice - product, precision="highest")
+        return jnp.matmul(x, 2 * eye - product, precision="highest")
 
-    start = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape) / bound
-    return jax.lax.fori_loop(0, math.ceil(math.log2(5 * n)) + 5, step, start)
+    steps = math.ceil(math.log2(5 * n)) + 5
+    return jax.lax.fori_loop(0, steps, step, jnp.broadcast_to(eye, a.shape) / bound)
 
 
 def _direction(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> jax.Array:
@@ -302,7 +322,7 @@ def orthogonalised(x: jax.Array) -> jax.Array:
 def orthogonal_newton(
     learning_rate: optax.ScalarOrSchedule,
     layouts: Any,
-    b1: ArrayLike = 0.95,
+    b1: ArrayLike = 0.9,
     decay: ArrayLike = 0.6,
     damping: ArrayLike = 0.2,
     *,
@@ -313,7 +333,107 @@ def orthogonal_newton(
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A damped Newton step in the inputs and outputs of each layer, orthogonalised."""
+    r"""A damped Newton step in the inputs and outputs of each layer, orthogonalised.
+
+    The loss's curvature in a layer's weights :math:`W`, inputs by outputs, is nearly a product: the
+    second moment :math:`A` of the inputs, weighted by curvature, times the curvature :math:`h` of
+    the outputs, both from the one pass of :func:`hesscale_jax.value_and_factors`. With the
+    gradient :math:`G_t` and the learning rate :math:`\alpha_t`,
+
+    .. math::
+
+        \begin{align*}
+          A &\leftarrow \rho A + (1 - \rho) A_t, \quad h \leftarrow \rho h + (1 - \rho) |h_t|
+            \quad \text{where the factors are new} \\
+          M &\leftarrow \beta_1 M + (1 - \beta_1) G_t, \quad
+            \tilde M = \beta_1 M + (1 - \beta_1) G_t \\
+          N &= (A / \bar a + \delta I)^{-1} \, \tilde M \,
+            \mathrm{diag}(h / \bar h + \delta)^{-1} \\
+          W &\leftarrow W - 0.2\, \alpha_t\, S / \mathrm{rms}(S), \quad S = \mathrm{orth}(N)
+        \end{align*}
+
+    where :math:`\bar a` is the mean of the eigenvalues of :math:`A`, :math:`\bar h` that of
+    :math:`h`, and orth gives about the nearest matrix with singular values of 1, by five
+    steps of Newton and Schulz. The factors' scale does not matter, nor does the loss's. What is no
+    layer's weights (biases, norms, embeddings, weights of one input or output) is updated by Adam,
+    at the same learning rate.
+
+    Only products of matrices are computed, nothing is decomposed. Factors renewed at every tenth
+    step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
+
+    Args:
+        learning_rate: A global scaling factor, either fixed or evolving along iterations with a
+            scheduler, see :func:`optax.scale_by_learning_rate`. 0.02 is a good start for any model;
+            warm up over the first few percent of the steps, and decay to 0.
+        layouts: Which axes of each parameter are a layer's inputs and outputs, a tree like the
+            parameters: ``hesscale_jax.layouts(loss)(params, *batch)``.
+        b1: Decay rate of the average of a layer's gradients.
+        decay: Decay rate of the averages of the factors, :math:`\rho`, for each renewal.
+        damping: :math:`\delta`, relative to the mean curvature.
+        adam_b1: Decay rate of the average of the other gradients.
+        adam_b2: Decay rate of the average of their squares.
+        eps: Term added to the root of the latter.
+        skip_nonfinite: Whether to leave out factors with an infinity or NaN anywhere, and to skip
+            the whole step, with updates of 0, where a gradient has one.
+        weight_decay: Strength of the weight decay, decoupled as in :func:`optax.adamw`: multiplied
+            by the learning rate, not by the curvature. None for no decay.
+        mask: A tree with the structure of the parameters or a prefix of it, or a callable that
+            returns one given the parameters: True where the weight decay applies.
+
+    Returns:
+        An :class:`optax.GradientTransformationExtraArgs`, whose ``update`` requires ``factors``,
+        see :func:`scale_by_orthogonal_newton`; and ``params``, if there is weight decay.
+
+    Raises:
+        ValueError: As :func:`scale_by_orthogonal_newton`.
+        TypeError: As :func:`scale_by_orthogonal_newton`.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import hesscale_jax as hs
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"] - y) ** 2)
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> x = jax.random.normal(keys[0], (64, 8))
+        >>> y = jnp.sin(x[:, :2] + x[:, 2:4])
+        >>> params = {
+        ...     "hidden": jax.random.normal(keys[1], (8, 32)) / 3,
+        ...     "out": jax.random.normal(keys[2], (32, 2)) / 6,
+        ... }
+        >>> schedule = optax.cosine_decay_schedule(0.02, 300)
+        >>> solver = hs.orthogonal_newton(schedule, hs.layouts(loss)(params, x, y))
+        >>> state = solver.init(params)
+        >>> @jax.jit
+        ... def step(params, state, number):
+        ...     with_factors = hs.value_and_factors_every(10)(loss)
+        ...     value, (grad, factors), refreshed = with_factors(number, params, x, y)
+        ...     updates, state = solver.update(
+        ...         grad, state, params, factors=factors, refreshed=refreshed
+        ...     )
+        ...     return optax.apply_updates(params, updates), state, value
+        >>> values = []
+        >>> for number in range(300):
+        ...     params, state, value = step(params, state, number)
+        ...     values.append(value)
+        >>> bool(values[-1] < 0.1 * values[0])
+        True
+
+    References:
+        Jordan et al., `Muon: An optimizer for hidden layers in neural networks
+        <https://kellerjordan.github.io/posts/muon/>`_, 2024: the orthogonalisation
+
+        Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature <https://arxiv.org/abs/1503.05671>`_, 2015: the factors
+
+        Liu et al., `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025:
+        the scale
+
+    .. warning::
+        :func:`optax.MultiSteps` averages the updates of its micro-batches but hands on only the
+        last one's factors.
+    """
     decayed = (
         optax.identity()
         if weight_decay is None
