@@ -116,12 +116,6 @@ def plain(tx: Callable[..., Any], **how: Any) -> Callable[[Any, Any], Any]:
     return lambda rate, layouts: tx(rate, **how)
 
 
-def psgd(rate: Any, layouts: Any) -> optax.GradientTransformation:
-    from psgd_jax.kron import kron  # Not everybody's: an optional peer.
-
-    return kron(rate, b1=0.9, weight_decay=0.0)
-
-
 ADAM, MATRIX = decades(1e-4), decades(DEFAULT / 10**1.5)
 
 METHODS: dict[str, Method] = {
@@ -133,7 +127,6 @@ METHODS: dict[str, Method] = {
     "Newton-Muon": Method(matrix_peers.newton_muon, factors(weighted=False), MATRIX, INTERVAL),
     "SOAP": Method(matrix_peers.soap, renewing, decades(1e-4), INTERVAL),
     "SOAP-Muon": Method(matrix_peers.soap_muon, renewing, MATRIX, INTERVAL),
-    "PSGD Kron": Method(psgd, gradient, ADAM),
     "Sophia, by HesScaleGN": Method(sophia, diagonal("gauss_newton"), ADAM, INTERVAL),
     "AdaHessian, by Hutchinson": Method(plain(hs.adahesscale, eps=EPS), hutchinson, decades(1e-3)),
     "AdaHesScale": Method(plain(hs.adahesscale, eps=EPS), diagonal("hessian"), ADAM),

@@ -66,26 +66,32 @@ def reference(grads, every_factor, rate, weight_decay, params):
     p = {name: np.asarray(x) for name, x in params.items()}
     state = {}
     for t, (grad, factors) in enumerate(zip(grads, every_factor, strict=True), 1):
+        steps, lengths = {}, {}
         for name in p:
             g = np.asarray(grad[name])
             if name == "bias":
                 m, v = state.get(name, (0, 0))
                 m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
                 state[name] = m, v
-                u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
-            else:
-                m, a, h = state.get(name, (0, 0, 0))
-                if factors is not None:
-                    a = 0.6 * a + 0.4 * np.asarray(factors[name].inputs)
-                    h = 0.6 * h + 0.4 * np.abs(np.asarray(factors[name].outputs))
-                m = 0.9 * m + 0.1 * g
-                state[name] = m, a, h
-                n = a.shape[-1]
-                mean = np.trace(a, axis1=-2, axis2=-1)[..., None, None] / n
-                left = np.linalg.inv(a / mean + 0.2 * np.eye(n)) @ (0.9 * m + 0.1 * g)
-                s = left / (h / h.mean(-1, keepdims=True) + 0.2)[..., None, :]
-                s = newton_schulz(s)
-                u = RMS * s / np.sqrt(np.mean(s**2, axis=(-2, -1), keepdims=True))
+                steps[name] = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+                continue
+            m, a, h = state.get(name, (0, 0, 0))
+            if factors is not None:
+                a = 0.6 * a + 0.4 * np.asarray(factors[name].inputs)
+                h = 0.6 * h + 0.4 * np.abs(np.asarray(factors[name].outputs))
+            m = 0.9 * m + 0.1 * g
+            state[name] = m, a, h
+            ahead, n = 0.9 * m + 0.1 * g, a.shape[-1]
+            mean = np.trace(a, axis1=-2, axis2=-1)[..., None, None] / n
+            left = np.linalg.inv(a / mean + 0.2 * np.eye(n)) @ ahead
+            s = newton_schulz(left / (h / h.mean(-1, keepdims=True) + 0.2)[..., None, :])
+            s = RMS * s / np.sqrt(np.mean(s**2, axis=(-2, -1), keepdims=True))
+            bend = np.einsum("...ij,...ik,...kj,...j->...", s, a, s, h) / h.sum(-1)
+            steps[name], lengths[name] = s, np.sum(ahead * s, axis=(-2, -1)) / bend
+        mean = np.exp(np.mean(np.log(np.concatenate([np.ravel(x) for x in lengths.values()]))))
+        for name, u in steps.items():
+            if name in lengths:
+                u = u * np.clip(lengths[name] / mean, 1 / 3, 3)[..., None, None]
             p[name] = p[name] - rate * (u + weight_decay * p[name])
     return p
 
@@ -170,7 +176,7 @@ def test_dead_inputs_and_outputs_are_bounded():
     x = DATA[0].at[:, 1].set(0.0)
     grad, factors = curvature(params, (x, DATA[1]))
     updates, _ = SOLVER.update(grad, SOLVER.init(params), factors=factors)
-    assert all(np.abs(u).max() < 0.02 for u in jax.tree.leaves(updates))
+    assert all(np.abs(u).max() < 0.06 for u in jax.tree.leaves(updates))
 
 
 def test_nan_factors_are_left_out_and_nan_gradients_skipped():
@@ -233,7 +239,12 @@ WRAPPED = {
     "inject_hyperparams": optax.inject_hyperparams(hs.orthogonal_newton, static_args=("layouts",))(
         learning_rate=0.02, layouts=LAYOUTS
     ),
-    "masked": optax.masked(SOLVER, {"hidden": True, "bias": True, "stacked": True, "out": False}),
+    "masked": optax.chain(
+        optax.masked(SOLVER, {"hidden": True, "bias": True, "stacked": True, "out": False}),
+        optax.masked(
+            optax.sgd(1e-2), {"hidden": False, "bias": False, "stacked": False, "out": True}
+        ),
+    ),
     "multi_transform": optax.multi_transform(
         {"layers": SOLVER, "rest": optax.adam(1e-2)},
         {"hidden": "layers", "bias": "rest", "stacked": "layers", "out": "layers"},

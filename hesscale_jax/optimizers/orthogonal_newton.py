@@ -30,6 +30,9 @@ STEPS = 5
 # (Liu et al., 2025), so that one learning rate serves all parameters.
 RMS = 0.2
 
+# Layers' steps differ in length by this factor from their geometric mean, at most.
+LOG_SPREAD = math.log(3.0)
+
 # Of wider layers, the inputs are taken as isotropic: their second moment is too large.
 WIDEST = 8192
 
@@ -131,26 +134,29 @@ def scale_by_orthogonal_newton(
         count = optax.safe_increment(state.count)
         number = state.refreshed + (1 if fresh is None else jnp.asarray(fresh, jnp.int32))
         t = count.astype(float)
-        results = []
+        steps: list[Any] = []
+        new = []
         for layout, g, factor, mu, nu, *curvature in zip(*each, strict=True):
             held: Any = tuple(curvature)
             wide = jnp.asarray(g, accumulator_dtype(g))
             mean: Any = jnp.asarray(mu, wide.dtype)
-            if not _is_matrix(layout):
+            if _is_matrix(layout):
+                held = _renewed(layout, factor, held, decay, damping, fresh)
+                mean = b1 * mean + (1 - b1) * wide
+                steps.append(_newton(layout.matrices(b1 * mean + (1 - b1) * wide), held, damping))
+            else:
                 mean = adam_b1 * mean + (1 - adam_b1) * wide
                 nu = adam_b2 * nu + (1 - adam_b2) * wide * wide
                 root = jnp.sqrt(nu / (1 - adam_b2**t))
-                u = mean / (1 - adam_b1**t) / (root + eps)
-            else:
-                held = _renewed(layout, factor, held, decay, damping, fresh)
-                mean = b1 * mean + (1 - b1) * wide
-                ahead = b1 * mean + (1 - b1) * wide
-                u = layout.leaf(_direction(layout.matrices(ahead), held, damping))
-            results.append((u.astype(g.dtype), mean.astype(jnp.result_type(mu)), nu, *held))
-        scaled, *new = (tree.unflatten(leaves) for leaves in zip(*results, strict=True))
-        moved = ScaleByOrthogonalNewtonState(
-            count=count, refreshed=number, **dict(zip(PER_LEAF, new, strict=True))
-        )
+                steps.append(mean / (1 - adam_b1**t) / (root + eps))
+            new.append((mean.astype(jnp.result_type(mu)), nu, *held))
+        scaled = [
+            step if not _is_matrix(layout) else layout.leaf(step)
+            for layout, step in zip(each[0], _balanced(steps), strict=True)
+        ]
+        scaled = tree.unflatten([u.astype(g.dtype) for u, g in zip(scaled, each[1], strict=True)])
+        kept = zip(PER_LEAF, map(tree.unflatten, zip(*new, strict=True)), strict=True)
+        moved = ScaleByOrthogonalNewtonState(count=count, refreshed=number, **dict(kept))
         if skip_nonfinite:
             finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in each[1]]))
             scaled = jax.tree.map(lambda u: jnp.where(finite, u, 0), scaled)
@@ -290,15 +296,53 @@ def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
     return jax.lax.fori_loop(0, steps, step, jnp.broadcast_to(eye, a.shape) / bound)
 
 
-def _direction(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> jax.Array:
-    """Matrices with a root mean square of :data:`RMS`; 0 where the momentum is."""
-    _, outputs, inverse = curvature
+class _Step(NamedTuple):
+    """Steps of the matrices of a leaf."""
+
+    matrices: jax.Array  # (count, n, m), of a root mean square of RMS, or 0 where the gradient is.
+    descent: jax.Array  # (count,): the loss's slope along each.
+    bend: jax.Array  # (count,): its curvature along each, 0 where that is not known.
+
+
+def _newton(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> _Step:
+    """The damped Newton step, orthogonalised."""
+    inputs, outputs, inverse = curvature
     newton = momentum if inverse is None else inverse @ momentum
     tiny = jnp.finfo(outputs.dtype).tiny
     mean = jnp.maximum(jnp.mean(outputs, axis=-1, keepdims=True), tiny)
-    s = orthogonalised(newton / (outputs / mean + damping)[:, None, :])
+    relative = (outputs / mean)[:, None, :]
+    s = orthogonalised(newton / (relative + damping))
     square = jnp.mean(jnp.square(s), axis=(-2, -1), keepdims=True)
-    return RMS * s / jnp.sqrt(jnp.maximum(square, tiny))
+    s = RMS * s / jnp.sqrt(jnp.maximum(square, tiny))
+    along = jnp.zeros_like(s) if inputs is None else (inputs @ s) * s * relative
+    # The weights of the inputs are sums over the outputs: their mean is what each has.
+    return _Step(s, jnp.sum(momentum * s, (-2, -1)), jnp.sum(along, (-2, -1)) / s.shape[-1])
+
+
+def _balanced(steps: list[Any]) -> list[Any]:
+    """Each layer's step in proportion to Newton's length along it, within a factor of 3.
+
+    A step ``s`` of slope ``g^T s`` and curvature ``s^T H s`` is best of length ``g^T s / s^T H s``.
+    The lengths are taken relative to their geometric mean.
+    """
+    layers = [step for step in steps if isinstance(step, _Step)]
+    if not layers:
+        return steps
+    logs = []
+    for step in layers:
+        known = (step.bend > 0) & (step.descent > 0)
+        ratio = jnp.where(known, step.descent, 1) / jnp.where(known, step.bend, 1)
+        logs.append((known, jnp.log(ratio)))
+    number = sum(jnp.sum(known) for known, _ in logs)
+    mean = sum(jnp.sum(length) for _, length in logs) / jnp.maximum(number, 1)
+    factors = iter(
+        jnp.where(known, jnp.exp(jnp.clip(length - mean, -LOG_SPREAD, LOG_SPREAD)), 1)
+        for known, length in logs
+    )
+    return [
+        next(factors)[:, None, None] * step.matrices if isinstance(step, _Step) else step
+        for step in steps
+    ]
 
 
 def orthogonalised(x: jax.Array) -> jax.Array:
@@ -349,14 +393,19 @@ def orthogonal_newton(
             \tilde M = \beta_1 M + (1 - \beta_1) G_t \\
           N &= (A / \bar a + \delta I)^{-1} \, \tilde M \,
             \mathrm{diag}(h / \bar h + \delta)^{-1} \\
-          W &\leftarrow W - 0.2\, \alpha_t\, S / \mathrm{rms}(S), \quad S = \mathrm{orth}(N)
+          S &= 0.2\, \mathrm{orth}(N) / \mathrm{rms}(\mathrm{orth}(N)), \quad
+            \lambda = \langle \tilde M, S \rangle /
+            \langle A S\, \mathrm{diag}(h / \textstyle\sum h), S \rangle \\
+          W &\leftarrow W - \alpha_t\, \mathrm{clip}(\lambda / \bar\lambda, \tfrac13, 3)\, S
         \end{align*}
 
     where :math:`\bar a` is the mean of the eigenvalues of :math:`A`, :math:`\bar h` that of
-    :math:`h`, and orth gives about the nearest matrix with singular values of 1, by five
-    steps of Newton and Schulz. The factors' scale does not matter, nor does the loss's. What is no
-    layer's weights (biases, norms, embeddings, weights of one input or output) is updated by Adam,
-    at the same learning rate.
+    :math:`h`, and orth gives about the nearest matrix with singular values of 1, by five steps
+    of Newton and Schulz. :math:`\lambda` is the length of Newton's step along :math:`S`, and
+    :math:`\bar\lambda` the geometric mean of all layers': the curvature says how far each layer
+    goes relative to the others, and the learning rate how far all go. The loss's scale does not
+    matter. What is no layer's weights (biases, norms, embeddings, weights of one input or output)
+    is updated by Adam, at the same learning rate.
 
     Only products of matrices are computed, nothing is decomposed. Factors renewed at every tenth
     step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
