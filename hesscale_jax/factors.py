@@ -26,7 +26,38 @@ def layouts(
     *,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
-    """Which axes of each parameter are a layer's inputs, and which its outputs."""
+    """Which axes of each parameter are a layer's inputs, and which its outputs.
+
+    A parameter is a layer's weights if all that reads it are products that sum over the same axes
+    of it: ``dot_general``, which ``@`` and ``einsum`` become, or ``conv_general_dilated``; through
+    casts, transposes and reshapes, in loops, branches, ``checkpoint`` and ``shard_map``. Nothing is
+    computed, only traced, so that ``jax.ShapeDtypeStruct`` may stand for any array.
+
+    Args:
+      fun: The loss, as for :func:`value_and_hesscale`, and so ``argnums`` and ``has_aux``.
+      argnums: See there.
+      has_aux: See there.
+      rules: See there.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns a :class:`Layout` for each array of the
+      argument to differentiate, in its structure.
+
+    Raises:
+      TypeError: As :func:`value_and_hesscale`, and so ``ValueError``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import hesscale_jax as hs
+      >>> def loss(params, x):
+      ...     return jnp.sum(jnp.tanh(jnp.einsum("nd,dhk->nhk", x, params["w"]) + params["b"]) ** 2)
+      >>> params = {"w": jnp.ones((3, 2, 4)), "b": jnp.zeros((2, 4))}
+      >>> found = hs.layouts(loss)(params, jnp.ones((5, 3)))
+      >>> found["w"].inputs, found["w"].outputs
+      ((0,), (1, 2))
+      >>> found["b"].factored, found["b"].reason
+      (False, "'add' reads it")
+    """
 
     def layouts_fun(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
@@ -58,7 +89,65 @@ def value_and_factors(
     weighted: bool = True,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
-    """A loss's value, gradient and curvature: the diagonal in a basis, and each layer's factors."""
+    r"""A loss's value, gradient and curvature: the diagonal in a basis, and each layer's factors.
+
+    A layer :math:`z_n = x_n W` has, by HesScale, the curvature :math:`h_{nj}` in its outputs. One
+    pass gives, at about the cost of :func:`value_and_hesscale` and a product a layer,
+
+    .. math::
+
+        D_{aj} = \sum_n (x_n V)_a^2 \, h_{nj}, \qquad
+        A = \sum_n \Big(\sum_j h_{nj}\Big) x_n^T x_n, \qquad
+        h_j = \sum_n h_{nj}
+
+    the diagonal in an orthonormal basis :math:`V` of the layer's inputs (of the coordinates, it is
+    ``hess_diag``), the second moment of the inputs, weighted by curvature, and the curvature of the
+    outputs. They are the factors of K-FAC, with the outputs' curvature deterministic and diagonal.
+    A convolution's inputs are its patches; where several products share the weights, sums run over
+    all.
+
+    Args:
+      fun: The loss, as for :func:`value_and_hesscale`.
+      argnums: As there.
+      has_aux: As there.
+      curvature: As there, but by default ``"gauss_newton"``: weights that are negative make no
+        second moment.
+      bases: A tree like the argument to differentiate (a tuple of them if ``argnums`` is a
+        sequence), with the basis of each layer's inputs as columns, of shape ``(*stack, n, n)``, or
+        None for the coordinates.
+      weighted: Whether to weight the second moment by curvature, or each input by 1.
+      rules: As there.
+
+    Returns:
+      A function with the arguments of ``fun`` that returns ``(value, (grad, factors))``, or
+      ``((value, aux), (grad, factors))`` if ``has_aux``. ``factors`` has a :class:`Factors` in
+      place of each array of the argument to differentiate, in float32 at least.
+
+    Raises:
+      TypeError: As :func:`value_and_hesscale`.
+      ValueError: As there; or a basis is of the wrong shape, or of what is no layer's weights.
+      UnsupportedPrimitiveError: As there.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import hesscale_jax as hs
+      >>> def loss(w, x):
+      ...     return jnp.sum((x @ w) ** 2) / 2
+      >>> x = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+      >>> value, (grad, factors) = hs.value_and_factors(loss)(jnp.ones((2, 3)), x)
+      >>> print(factors.inputs)  # 3 x^T x: each output has a curvature of 1
+      [[ 3.  6.]
+       [ 6. 15.]]
+      >>> print(factors.outputs)
+      [2. 2. 2.]
+
+    References:
+      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015
+
+      George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis
+      <https://arxiv.org/abs/1806.03884>`_, 2018
+    """
     check_curvature(curvature)
 
     @functools.wraps(fun)
