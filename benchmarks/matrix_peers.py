@@ -172,7 +172,7 @@ def orthonormal(x: Matrices, before: Matrices) -> Matrices:
 
 
 def newton_muon_rule() -> Rule:
-    b1, decay, damping = 0.95, 0.6, 0.2
+    b1, decay, damping = 0.95, 0.8, 0.2
 
     def init(count: int, n: int, m: int) -> dict[str, jax.Array]:
         eye = jnp.broadcast_to(jnp.eye(n), (count, n, n))

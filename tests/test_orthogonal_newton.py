@@ -77,8 +77,8 @@ def reference(grads, every_factor, rate, weight_decay, params):
                 continue
             m, a, h = state.get(name, (0, 0, 0))
             if factors is not None:
-                a = 0.6 * a + 0.4 * np.asarray(factors[name].inputs)
-                h = 0.6 * h + 0.4 * np.abs(np.asarray(factors[name].outputs))
+                a = 0.8 * a + 0.2 * np.asarray(factors[name].inputs)
+                h = 0.8 * h + 0.2 * np.abs(np.asarray(factors[name].outputs))
             m = 0.9 * m + 0.1 * g
             state[name] = m, a, h
             ahead, n = 0.9 * m + 0.1 * g, a.shape[-1]

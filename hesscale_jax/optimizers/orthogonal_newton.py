@@ -61,7 +61,7 @@ class ScaleByOrthogonalNewtonState(NamedTuple):
 def scale_by_orthogonal_newton(
     layouts: Any,
     b1: ArrayLike = 0.9,
-    decay: ArrayLike = 0.6,
+    decay: ArrayLike = 0.8,
     damping: ArrayLike = 0.2,
     *,
     adam_b1: ArrayLike = 0.9,
@@ -367,7 +367,7 @@ def orthogonal_newton(
     learning_rate: optax.ScalarOrSchedule,
     layouts: Any,
     b1: ArrayLike = 0.9,
-    decay: ArrayLike = 0.6,
+    decay: ArrayLike = 0.8,
     damping: ArrayLike = 0.2,
     *,
     adam_b1: ArrayLike = 0.9,
