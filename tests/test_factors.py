@@ -254,14 +254,19 @@ def expected(layer: Layer, w, x, curvature, basis):
     count, _, m = counts(layer)
     _, of_both = losses(layer)
     e = jnp.zeros((count, layer.examples, m))
-    (_, h), rows = hs.hesscale(of_both, 1, has_aux=True, curvature=curvature)(w, e, x)
+    (_, h), rows = jax.jit(hs.hesscale(of_both, 1, has_aux=True, curvature=curvature))(w, e, x)
     blocks = jnp.einsum("kni,knl,knj->kjil", rows, rows, h)  # One for each output.
     along = jnp.einsum("kia,kjil,kla->kaj", basis, blocks, basis)
     return along, blocks.sum(1), h.sum(1), jnp.einsum("kni,knl->kil", rows, rows)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("name", LAYERS)
+BY_HESSIAN = ("plain", "convolution", "scanned", "twice")
+
+
+@pytest.mark.parametrize(
+    ("name", "curvature"),
+    [*((name, "gauss_newton") for name in LAYERS), *((name, "hessian") for name in BY_HESSIAN)],
+)
 def test_factors_of_a_layer(name, curvature):
     layer = LAYERS[name]
     loss, _ = losses(layer)
@@ -287,9 +292,10 @@ def test_factors_of_a_layer(name, curvature):
     close(factors.outputs.reshape(outputs.shape), outputs)
     assert_close(layout.leaf(layout.matrices(grad)), grad)
 
-    _, (_, factors) = hs.value_and_factors(loss, curvature=curvature, weighted=False)(w, x)
+    plain = hs.value_and_factors(loss, curvature=curvature, weighted=False)
+    _, (_, factors) = jax.jit(plain)(w, x)
     close(factors.inputs.reshape(inputs.shape), unweighted)
-    close(factors.hess_diag, hs.hesscale(loss, curvature=curvature)(w, x)[1])
+    close(factors.hess_diag, jax.jit(hs.hesscale(loss, curvature=curvature))(w, x)[1])
 
 
 def close(actual, expected):
@@ -356,10 +362,11 @@ def test_other_leaves_keep_their_coordinates(name):
     layout = hs.layouts(loss)(w, x)
     assert not layout.factored
     assert re.search(reason, layout.reason), layout.reason
-    _, (grad, factors) = hs.value_and_factors(loss)(w, x)
+    _, (grad, factors) = jax.jit(hs.value_and_factors(loss))(w, x)
     assert factors.inputs is None
     assert factors.outputs is None
-    assert_close((grad, factors.hess_diag), hs.hesscale(loss, curvature="gauss_newton")(w, x))
+    expected = jax.jit(hs.hesscale(loss, curvature="gauss_newton"))(w, x)
+    assert_close((grad, factors.hess_diag), expected)
     with pytest.raises(ValueError, match="has no basis"):
         hs.value_and_factors(loss, bases=jnp.eye(4))(w, x)
 
