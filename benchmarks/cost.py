@@ -21,6 +21,8 @@ needs no gradient of its input). Every method returns the value and the gradient
                            `hess_diag` with zeros at the other nine; or in two, of which the second
                            leaves it out, as the compiler does where it goes into an optimizer with
                            `refreshed=False`
+    factors                `value_and_factors`: the diagonal, and of each layer the inputs' second
+                           moment and the outputs' curvature; also at every tenth step alone
     ... optax, somax       estimators of Sophia and AdaHessian, and the exact diagonal: `peers.py`
     ... BackPACK           in PyTorch, of the networks that it can do: `peers_torch.py`
 
@@ -93,21 +95,23 @@ def methods_for(task: Task, dtype: str, every: bool) -> dict[str, Maker]:
 
 
 def every_so_often(task: Task, args: tuple[Any, ...]) -> dict[str, Maker]:
-    method = hs.value_and_hesscale_every(EVERY)(task.loss)
+    every = hs.value_and_hesscale_every(EVERY)(task.loss)
+    factors = hs.value_and_factors_every(EVERY)(task.loss)
+    steps = [(jnp.asarray(step), *args) for step in range(EVERY)]
+    return {
+        f"every {EVERY}, a branch": functools.partial(build, every, *steps),
+        f"every {EVERY}, two programs": functools.partial(two_programs, every, args),
+        "factors": functools.partial(build, hs.value_and_factors(task.loss), args),
+        f"factors every {EVERY}, two programs": functools.partial(two_programs, factors, args),
+    }
 
-    def without_diagonal(*args: Any) -> Any:
+
+def two_programs(method: Any, args: tuple[Any, ...]) -> Program:
+    def without_curvature(*args: Any) -> Any:
         value, (grad, _), _ = method(1, *args)
         return value, grad
 
-    def two_programs() -> Program:
-        fresh = build(functools.partial(method, 0), args)
-        return taking_turns(fresh, build(without_diagonal, args))
-
-    steps = [(jnp.asarray(step), *args) for step in range(EVERY)]
-    return {
-        f"every {EVERY}, a branch": functools.partial(build, method, *steps),
-        f"every {EVERY}, two programs": two_programs,
-    }
+    return taking_turns(build(functools.partial(method, 0), args), build(without_curvature, args))
 
 
 def taking_turns(fresh: Program, stale: Program) -> Program:

@@ -24,11 +24,12 @@ RUNS = [*SCALED, ("digits CNN", 1.0), ("character LM", 1.0)]
 
 
 def methods() -> dict[str, training.Method]:
-    found = {"Adam": training.Method(optax.adam, training.gradient, RATES)}
-    curvatures = {"AdaHesScale": training.hesscale, "AdaHesScaleGN": training.gauss_newton}
-    for name, derivatives in curvatures.items():
+    found = {"Adam": training.Method(training.plain(optax.adam), training.gradient, RATES)}
+    curvatures = {"AdaHesScale": "hessian", "AdaHesScaleGN": "gauss_newton"}
+    for name, curvature in curvatures.items():
         for form, eps in EPS.items():
-            tx = partial(hs.adahesscale, eps=eps)
+            tx = training.plain(hs.adahesscale, eps=eps)
+            derivatives = training.diagonal(curvature)
             found[f"{name}, {form}"] = training.Method(tx, derivatives, RATES)
     return found
 
@@ -41,7 +42,7 @@ def losses(name: str, scale: float, progress: Progress) -> dict[str, list[float]
     found = {}
     for key, method in every.items():
         step_fun = training.train_step(scaled, method)
-        curves = training.curves(task, method, step_fun, [0], partial(progress.advance, bar))
+        curves, _ = training.curves(task, method, step_fun, [0], partial(progress.advance, bar))
         found[key] = [training.final(runs) for runs in curves.values()]
     return found
 
