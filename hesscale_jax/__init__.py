@@ -10,7 +10,7 @@ from hesscale_jax import rules
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.every import value_and_factors_every, value_and_hesscale_every
 from hesscale_jax.explanation import explain
-from hesscale_jax.factored import Factors, Layout
+from hesscale_jax.factored import Bases, Factors, Layout
 from hesscale_jax.factors import layouts, value_and_factors
 from hesscale_jax.moments import Moments
 from hesscale_jax.optimizers import (
@@ -34,6 +34,7 @@ from hesscale_jax.transform import hesscale, value_and_hesscale
 
 __all__ = [
     "RULES",
+    "Bases",
     "Factors",
     "Layout",
     "Moments",

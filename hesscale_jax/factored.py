@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 
-__all__ = ["Factored", "Factors", "Layout", "canonical", "row_major", "viewed"]
+__all__ = ["Bases", "Factored", "Factors", "Layout", "canonical", "row_major", "viewed"]
 
 Span = tuple[int, int]
 Axis = tuple[Span, ...]  # what a dimension is made of, the slowest to vary first
@@ -50,8 +50,8 @@ class Factors(NamedTuple):
     """The curvature of a leaf: along its entries or a basis, and by factors.
 
     Attributes:
-      hess_diag: HesScale's diagonal, in the leaf's shape; in the basis of its inputs where one was
-        given.
+      hess_diag: HesScale's diagonal, in the leaf's shape; in the bases of its inputs and outputs
+        where they were given.
       inputs: The second moment of the inputs, of shape ``(*stack, n, n)`` for ``n`` inputs; None
         where the leaf is not one factor of one product.
       outputs: The curvature of the outputs summed over examples, of shape ``(*stack, *outputs)``;
@@ -59,6 +59,18 @@ class Factors(NamedTuple):
     """
 
     hess_diag: Any
+    inputs: Any = None
+    outputs: Any = None
+
+
+class Bases(NamedTuple):
+    """Orthonormal bases of a layer's inputs and outputs, as columns; None for the coordinates.
+
+    Attributes:
+      inputs: Of shape ``(*stack, n, n)`` for ``n`` inputs.
+      outputs: Of shape ``(*stack, m, m)`` for ``m`` outputs.
+    """
+
     inputs: Any = None
     outputs: Any = None
 

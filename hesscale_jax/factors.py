@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax.factored import Factored, Factors, Layout, row_major
+from hesscale_jax.factored import Bases, Factored, Factors, Layout, row_major
 from hesscale_jax.layout import layouts as find_layouts
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
@@ -51,7 +51,7 @@ def layouts(
       >>> import hesscale_jax as hs
       >>> def loss(params, x):
       ...     return jnp.sum(jnp.tanh(jnp.einsum("nd,dhk->nhk", x, params["w"]) + params["b"]) ** 2)
-      >>> params = {"w": jnp.ones((3, 2, 4)), "b": jnp.zeros((2, 4))}
+      >>> params = {"w": jnp.ones((3, 2, 4)), "b": jnp.zeros((1, 2, 4))}
       >>> found = hs.layouts(loss)(params, jnp.ones((5, 3)))
       >>> found["w"].inputs, found["w"].outputs
       ((0,), (1, 2))
@@ -100,11 +100,11 @@ def value_and_factors(
         A = \sum_n \Big(\sum_j h_{nj}\Big) x_n^T x_n, \qquad
         h_j = \sum_n h_{nj}
 
-    the diagonal in an orthonormal basis :math:`V` of the layer's inputs (of the coordinates, it is
-    ``hess_diag``), the second moment of the inputs, weighted by curvature, and the curvature of the
-    outputs. They are the factors of K-FAC, with the outputs' curvature deterministic and diagonal.
-    A convolution's inputs are its patches; where several products share the weights, sums run over
-    all.
+    the diagonal in an orthonormal basis :math:`V` of the layer's inputs (in the coordinates, it is
+    HesScale's; in a basis :math:`W` of the outputs too, it is :math:`\sum_j D_{aj} W_{jb}^2`), the
+    second moment of the inputs, weighted by curvature, and the curvature of the outputs. They are
+    the factors of K-FAC, with the outputs' curvature deterministic and diagonal. A convolution's
+    inputs are its patches; where several products share the weights, sums run over all.
 
     Args:
       fun: The loss, as for :func:`value_and_hesscale`.
@@ -113,8 +113,8 @@ def value_and_factors(
       curvature: As there, but by default ``"gauss_newton"``: weights that are negative make no
         second moment.
       bases: A tree like the argument to differentiate (a tuple of them if ``argnums`` is a
-        sequence), with the basis of each layer's inputs as columns, of shape ``(*stack, n, n)``, or
-        None for the coordinates.
+        sequence), with the basis of each layer's inputs as columns, of shape ``(*stack, n, n)``;
+        or :class:`Bases` of its inputs and outputs; or None for the coordinates.
       weighted: Whether to weight the second moment by curvature, or each input by 1.
       rules: As there.
 
@@ -156,9 +156,9 @@ def value_and_factors(
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))
         found = _of_program(program, rules)
-        given = [None] * len(inputs) if bases is None else _bases(bases, argnums, tree)
+        given = _bases(bases, argnums, tree, found)
         structures = [
-            _structure(x, layout, basis, weighted)
+            _structure(x, layout, basis.inputs, weighted)
             for x, layout, basis in zip(inputs, found, given, strict=True)
         ]
 
@@ -168,7 +168,8 @@ def value_and_factors(
             )
             value, *aux = map(jnp.asarray, primals)
             grads, spreads = transpose(lax.full_like(value, 1))
-            return [value, *aux], grads, list(map(_factors, found, spreads))
+            outputs = [basis.outputs for basis in given]
+            return [value, *aux], grads, list(map(_factors, found, spreads, outputs))
 
         if _jaxpr.stops_at_nans():
             run = jax.jit(run)
@@ -182,32 +183,47 @@ def value_and_factors(
     return value_and_factors_fun
 
 
-def _bases(bases: Any, argnums: int | Sequence[int], tree: Any) -> list[Any]:
+def _bases(
+    bases: Any, argnums: int | Sequence[int], tree: Any, layouts: Sequence[Layout]
+) -> list[Bases]:
+    """One for each leaf, as ``(count, n, n)`` and ``(count, m, m)``."""
+    if bases is None:
+        return [Bases()] * len(layouts)
     chosen = [bases] if isinstance(argnums, int) else list(bases)
-    leaves, structure = jax.tree.flatten(chosen, is_leaf=lambda x: x is None)
+    leaves, structure = jax.tree.flatten(chosen, is_leaf=lambda x: x is None or type(x) is Bases)
     if structure != tree:
         raise ValueError(
             "'bases' has a different structure from the argument to differentiate: "
             f"{structure} against {tree}"
         )
-    return leaves
+    each = [x if isinstance(x, Bases) else Bases(x) for x in leaves]
+    return [_checked(basis, layout) for basis, layout in zip(each, layouts, strict=True)]
+
+
+def _checked(bases: Bases, layout: Layout) -> Bases:
+    if bases.inputs is None and bases.outputs is None:
+        return bases
+    if not layout.factored:
+        raise ValueError(f"a leaf of shape {layout.shape} has no basis: {layout.reason}")
+    count, *sizes = layout.counts
+    found = []
+    for kind, basis, size in zip(Bases._fields, bases, sizes, strict=True):
+        wanted = (*layout.sizes(layout.stack), size, size)
+        if basis is not None and jnp.shape(basis) != wanted:
+            raise ValueError(
+                f"the basis of the {kind} of a leaf of shape {layout.shape} must be of shape "
+                f"{wanted}, got {jnp.shape(basis)}"
+            )
+        found.append(None if basis is None else jnp.reshape(basis, (count, size, size)))
+    return Bases(*found)
 
 
 def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored | None:
     if not layout.factored:
-        if basis is not None:
-            raise ValueError(f"a leaf of shape {layout.shape} has no basis: {layout.reason}")
         return None
     dtype = spread_dtype(x.dtype)
     count, n, m = layout.counts
-    if basis is not None:
-        wanted = (*layout.sizes(layout.stack), n, n)
-        if jnp.shape(basis) != wanted:
-            raise ValueError(
-                f"the basis of a leaf of shape {layout.shape} must be of shape {wanted}, "
-                f"got {jnp.shape(basis)}"
-            )
-        basis = jnp.asarray(basis, dtype).reshape(count, n, n)
+    basis = None if basis is None else jnp.asarray(basis, dtype)
     axes = row_major(layout.shape)
     return Factored(
         diagonal=jnp.zeros((count, n, m), dtype),
@@ -220,12 +236,15 @@ def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored |
     )
 
 
-def _factors(layout: Layout, spreads: Any) -> Factors:
+def _factors(layout: Layout, spreads: Any, of_outputs: Any) -> Factors:
     if not layout.factored:
         return Factors(spreads)
+    diagonal = spreads["diagonal"]
+    if of_outputs is not None:  # No entries of the curvature couple two outputs.
+        diagonal = diagonal @ jnp.square(jnp.asarray(of_outputs, diagonal.dtype))
     stack, n = layout.sizes(layout.stack), layout.counts[1]
     return Factors(
-        layout.leaf(spreads["diagonal"]),
+        layout.leaf(diagonal),
         spreads["inputs"].reshape(*stack, n, n),
         spreads["outputs"].reshape(*stack, *layout.sizes(layout.outputs)),
     )

@@ -271,13 +271,16 @@ def test_factors_of_a_layer(name, curvature):
     layer = LAYERS[name]
     loss, _ = losses(layer)
     w, x = normal(*layer.shape) / 2, normal(*layer.data, seed=1)
-    count, n, _ = counts(layer)
+    count, n, m = counts(layer)
     (layout,) = jax.tree.leaves(hs.layouts(loss)(w, x))
     assert (layout.stack, layout.inputs, layout.outputs) == layer[1:4]
     assert layout.factored
 
-    basis = jnp.linalg.qr(normal(count, n, n, seed=2))[0]
-    given = basis.reshape(*layer.sizes(layer.stack), n, n)
+    basis, of_outputs = (
+        jnp.linalg.qr(normal(count, size, size, seed=seed))[0] for seed, size in ((2, n), (3, m))
+    )
+    stack = layer.sizes(layer.stack)
+    given = hs.Bases(basis.reshape(*stack, n, n), of_outputs.reshape(*stack, m, m))
     along, inputs, outputs, unweighted = expected(layer, w, x, curvature, basis)
     value, (grad, factors) = jax.jit(hs.value_and_factors(loss, curvature=curvature, bases=given))(
         w, x
@@ -287,7 +290,8 @@ def test_factors_of_a_layer(name, curvature):
     assert factors.hess_diag.shape == layer.shape
     assert factors.inputs.shape == (*layer.sizes(layer.stack), n, n)
     assert factors.outputs.shape == layer.sizes((*layer.stack, *layer.outputs))
-    close(layout.matrices(factors.hess_diag), along)
+    # Of a block for each output, in their basis: diag(W^T B W), B diagonal.
+    close(layout.matrices(factors.hess_diag), jnp.einsum("kaj,kjb->kab", along, of_outputs**2))
     close(factors.inputs.reshape(inputs.shape), inputs)
     close(factors.outputs.reshape(outputs.shape), outputs)
     assert_close(layout.leaf(layout.matrices(grad)), grad)
@@ -296,6 +300,10 @@ def test_factors_of_a_layer(name, curvature):
     _, (_, factors) = jax.jit(plain)(w, x)
     close(factors.inputs.reshape(inputs.shape), unweighted)
     close(factors.hess_diag, jax.jit(hs.hesscale(loss, curvature=curvature))(w, x)[1])
+    _, (_, factors) = jax.jit(hs.value_and_factors(loss, curvature=curvature, bases=given.inputs))(
+        w, x
+    )
+    close(layout.matrices(factors.hess_diag), along)
 
 
 def close(actual, expected):
@@ -378,6 +386,8 @@ def test_bad_bases():
     p, x = {"w": normal(4, 3)}, normal(5, 4)
     with pytest.raises(ValueError, match=r"of shape \(4, 4\), got \(3, 3\)"):
         hs.value_and_factors(loss, bases={"w": jnp.eye(3)})(p, x)
+    with pytest.raises(ValueError, match=r"outputs of a leaf.* of shape \(3, 3\), got \(4, 4\)"):
+        hs.value_and_factors(loss, bases={"w": hs.Bases(outputs=jnp.eye(4))})(p, x)
     with pytest.raises(ValueError, match="different structure"):
         hs.value_and_factors(loss, bases={"v": jnp.eye(4)})(p, x)
     with pytest.raises(ValueError, match="curvature must be"):
