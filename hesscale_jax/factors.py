@@ -190,12 +190,13 @@ def _bases(
     if bases is None:
         return [Bases()] * len(layouts)
     chosen = [bases] if isinstance(argnums, int) else list(bases)
-    leaves, structure = jax.tree.flatten(chosen, is_leaf=lambda x: x is None or type(x) is Bases)
-    if structure != tree:
+    try:
+        leaves = tree.flatten_up_to(chosen)
+    except ValueError as error:
         raise ValueError(
             "'bases' has a different structure from the argument to differentiate: "
-            f"{structure} against {tree}"
-        )
+            f"{jax.tree.structure(chosen)} against {tree}"
+        ) from error
     each = [x if isinstance(x, Bases) else Bases(x) for x in leaves]
     return [_checked(basis, layout) for basis, layout in zip(each, layouts, strict=True)]
 

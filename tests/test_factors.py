@@ -394,6 +394,19 @@ def test_bad_bases():
         hs.value_and_factors(loss, curvature="fisher")
 
 
+def test_bases_beside_none():
+    def loss(p, x):
+        return jnp.sum((x @ p["w"]) ** 2)
+
+    p, basis = {"w": normal(3, 2), "bias": None}, jnp.linalg.qr(normal(3, 3, seed=1))[0]
+    bases = {"w": basis, "bias": None}
+    x = normal(5, 3, seed=2)
+    _, (_, factors) = hs.value_and_factors(loss, bases=bases)(p, x)
+    assert factors["bias"] is None
+    along = 2 * jnp.sum((x @ basis) ** 2, axis=0)
+    assert_close(factors["w"].hess_diag, jnp.stack([along, along], axis=1))
+
+
 def test_explain_names_matrices_without_a_basis():
     def loss(p, x):
         h = jnp.tanh(p["tokens"][jnp.array([0, 1])] @ p["w"] + p["bias"])

@@ -130,8 +130,10 @@ def scale_by_orthogonal_newton(
             _factors(factors, updates),
             *(tree.flatten_up_to(getattr(state, kind)) for kind in PER_LEAF),
         ]
-        fresh = _usable(each[0], each[2], refreshed, skip_nonfinite)
         count = optax.safe_increment(state.count)
+        if not each[0]:  # All are masked.
+            return updates, state._replace(count=count)
+        fresh = _usable(each[0], each[2], refreshed, skip_nonfinite)
         number = state.refreshed + (1 if fresh is None else jnp.asarray(fresh, jnp.int32))
         t = count.astype(float)
         steps: list[Any] = []
@@ -143,10 +145,11 @@ def scale_by_orthogonal_newton(
             if _is_matrix(layout):
                 held = _renewed(layout, factor, held, decay, damping, fresh)
                 mean = b1 * mean + (1 - b1) * wide
-                steps.append(_newton(layout.matrices(b1 * mean + (1 - b1) * wide), held, damping))
+                ahead, now = (layout.matrices(x) for x in (b1 * mean + (1 - b1) * wide, wide))
+                steps.append(_newton(ahead, now, held, damping))
             else:
                 mean = adam_b1 * mean + (1 - adam_b1) * wide
-                nu = adam_b2 * nu + (1 - adam_b2) * wide * wide
+                nu = (adam_b2 * nu + (1 - adam_b2) * wide * wide).astype(wide.dtype)
                 root = jnp.sqrt(nu / (1 - adam_b2**t))
                 steps.append(mean / (1 - adam_b1**t) / (root + eps))
             new.append((mean.astype(jnp.result_type(mu)), nu, *held))
@@ -217,7 +220,11 @@ def _factors(factors: Any, updates: optax.Updates) -> list[Factors]:
         found = jax.tree.map(
             lambda u, f: u if isinstance(u, optax.MaskedNode) else f,
             updates,
-            jax.tree.map(_Held, factors, is_leaf=is_leaf),
+            jax.tree.map(
+                lambda f: f if isinstance(f, optax.MaskedNode) else _Held(f),
+                factors,
+                is_leaf=is_leaf,
+            ),
             is_leaf=is_leaf,
         )
     except ValueError as error:
@@ -264,11 +271,11 @@ def _renewed(
     def renew(held: Any) -> Any:
         inputs, outputs, inverse = held
         h = jnp.abs(factors.outputs).reshape(count, m).astype(outputs.dtype)
-        outputs = decay * outputs + (1 - decay) * h
+        outputs = (decay * outputs + (1 - decay) * h).astype(h.dtype)
         if inputs is not None:
             new = factors.inputs.reshape(count, n, n).astype(inputs.dtype)
-            inputs = decay * inputs + (1 - decay) * new
-            inverse = damped_inverse(inputs, damping)
+            inputs = (decay * inputs + (1 - decay) * new).astype(new.dtype)
+            inverse = damped_inverse(inputs, damping).astype(new.dtype)
         return inputs, outputs, inverse
 
     if fresh is None or fresh is True:
@@ -304,8 +311,8 @@ class _Step(NamedTuple):
     bend: jax.Array  # (count,): its curvature along each, 0 where that is not known.
 
 
-def _newton(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> _Step:
-    """The damped Newton step, orthogonalised."""
+def _newton(momentum: jax.Array, gradient: jax.Array, curvature: Any, damping: ArrayLike) -> _Step:
+    """The damped Newton step, orthogonalised; none where the gradient is 0, as of a dead layer."""
     inputs, outputs, inverse = curvature
     newton = momentum if inverse is None else inverse @ momentum
     tiny = jnp.finfo(outputs.dtype).tiny
@@ -313,7 +320,8 @@ def _newton(momentum: jax.Array, curvature: Any, damping: ArrayLike) -> _Step:
     relative = (outputs / mean)[:, None, :]
     s = orthogonalised(newton / (relative + damping))
     square = jnp.mean(jnp.square(s), axis=(-2, -1), keepdims=True)
-    s = RMS * s / jnp.sqrt(jnp.maximum(square, tiny))
+    alive = jnp.any(gradient != 0, axis=(-2, -1), keepdims=True)
+    s = jnp.where(alive, RMS * s / jnp.sqrt(jnp.maximum(square, tiny)), 0)
     along = jnp.zeros_like(s) if inputs is None else (inputs @ s) * s * relative
     # The weights of the inputs are sums over the outputs: their mean is what each has.
     return _Step(s, jnp.sum(momentum * s, (-2, -1)), jnp.sum(along, (-2, -1)) / s.shape[-1])
@@ -355,8 +363,14 @@ def orthogonalised(x: jax.Array) -> jax.Array:
     a, b, c = QUINTIC
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
-    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
+    for largest in (
+        lambda x: jnp.max(
+            jnp.abs(x), axis=(-2, -1), keepdims=True
+        ),  # Squares neither leave float32
+        lambda x: jnp.linalg.norm(x, axis=(-2, -1), keepdims=True),  # nor are lost in it.
+    ):
+        size = largest(x)
+        x = x / jnp.where(size > 0, size, 1)
     for _ in range(STEPS):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
