@@ -33,7 +33,16 @@ from jax.sharding import PartitionSpec as P
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 
-__all__ = ["Bases", "Factored", "Factors", "Layout", "canonical", "row_major", "viewed"]
+__all__ = [
+    "MAX_INPUTS",
+    "Bases",
+    "Factored",
+    "Factors",
+    "Layout",
+    "canonical",
+    "row_major",
+    "viewed",
+]
 
 Span = tuple[int, int]
 Axis = tuple[Span, ...]  # what a dimension is made of, the slowest to vary first
@@ -46,6 +55,10 @@ RENAMED = frozenset(
 )
 
 
+# More inputs than this have no second moment unless asked for: 256 MiB in float32.
+MAX_INPUTS = 8192
+
+
 class Factors(NamedTuple):
     """The curvature of a leaf: along its entries or a basis, and by factors.
 
@@ -53,9 +66,9 @@ class Factors(NamedTuple):
       hess_diag: HesScale's diagonal, in the leaf's shape; in the bases of its inputs and outputs
         where they were given.
       inputs: The second moment of the inputs, of shape ``(*stack, n, n)`` for ``n`` inputs; None
-        where the leaf is not one factor of one product.
+        where the leaf is no layer's weights, or there are too many.
       outputs: The curvature of the outputs summed over examples, of shape ``(*stack, *outputs)``;
-        None likewise.
+        None where the leaf is no layer's weights.
     """
 
     hess_diag: Any
@@ -132,7 +145,7 @@ class Factored:
 
     Attributes:
       diagonal: ``(count, n, m)``: half-variances along the basis, for each output.
-      inputs: ``(count, n, n)``: the inputs' covariance.
+      inputs: ``(count, n, n)``: the inputs' covariance; None for none.
       outputs: ``(count, m)``: half-variances of the outputs.
       basis: ``(count, n, n)``, its columns; None for the coordinates.
       axes: What each dimension of the value is made of.
@@ -151,7 +164,8 @@ class Factored:
     @property
     def varied(self) -> dict[str, Any]:
         """What the spread is linear in."""
-        return {name: getattr(self, name) for name in ("diagonal", "inputs", "outputs")}
+        names = ("diagonal", "inputs", "outputs")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def each(self, scanned: Axis) -> "Factored":
         """With the spans of a loop's steps as a leading axis of every array, for ``scan``."""
@@ -175,7 +189,7 @@ class Factored:
         return dataclasses.replace(
             self,
             diagonal=P(of_stack, None, of_outputs),
-            inputs=P(of_stack),
+            inputs=None if self.inputs is None else P(of_stack),
             outputs=P(of_stack, of_outputs),
             basis=None if self.basis is None else P(of_stack),
         )
@@ -200,10 +214,12 @@ class Factored:
     def of_rows(self, rows: Any) -> Any:
         """The spread of the outputs, ``(count, N, m)``, of inputs ``(count, N, n)``."""
         features = rows if self.basis is None else rows @ self.basis
+        y = (features * features) @ self.diagonal + self.outputs[:, None, :]
+        if self.inputs is None:
+            return y
         common = jnp.sum((rows @ self.inputs) * rows, axis=-1)
         common = common if self.weight is None else _weighted(common, self.weight)
-        along = (features * features) @ self.diagonal
-        return along + common[..., None] + self.outputs[:, None, :]
+        return y + common[..., None]
 
 
 jax.tree_util.register_dataclass(Factored)

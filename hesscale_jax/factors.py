@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax.factored import Bases, Factored, Factors, Layout, row_major
+from hesscale_jax.factored import MAX_INPUTS, Bases, Factored, Factors, Layout, row_major
 from hesscale_jax.layout import layouts as find_layouts
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
@@ -87,6 +87,7 @@ def value_and_factors(
     curvature: str = "gauss_newton",
     bases: Any = None,
     weighted: bool = True,
+    max_inputs: int = MAX_INPUTS,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
     r"""A loss's value, gradient and curvature: the diagonal in a basis, and each layer's factors.
@@ -116,6 +117,7 @@ def value_and_factors(
         sequence), with the basis of each layer's inputs as columns, of shape ``(*stack, n, n)``;
         or :class:`Bases` of its inputs and outputs; or None for the coordinates.
       weighted: Whether to weight the second moment by curvature, or each input by 1.
+      max_inputs: Of a layer with more inputs, the second moment is left out: it would be too large.
       rules: As there.
 
     Returns:
@@ -158,7 +160,7 @@ def value_and_factors(
         found = _of_program(program, rules)
         given = _bases(bases, argnums, tree, found)
         structures = [
-            _structure(x, layout, basis.inputs, weighted)
+            _structure(x, layout, basis.inputs, weighted, max_inputs)
             for x, layout, basis in zip(inputs, found, given, strict=True)
         ]
 
@@ -219,7 +221,9 @@ def _checked(bases: Bases, layout: Layout) -> Bases:
     return Bases(*found)
 
 
-def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored | None:
+def _structure(
+    x: Any, layout: Layout, basis: Any, weighted: bool, max_inputs: int
+) -> Factored | None:
     if not layout.factored:
         return None
     dtype = spread_dtype(x.dtype)
@@ -228,7 +232,7 @@ def _structure(x: Any, layout: Layout, basis: Any, weighted: bool) -> Factored |
     axes = row_major(layout.shape)
     return Factored(
         diagonal=jnp.zeros((count, n, m), dtype),
-        inputs=jnp.zeros((count, n, n), dtype),
+        inputs=jnp.zeros((count, n, n), dtype) if n <= max_inputs else None,
         outputs=jnp.zeros((count, m), dtype),
         basis=basis,
         axes=axes,
@@ -244,8 +248,9 @@ def _factors(layout: Layout, spreads: Any, of_outputs: Any) -> Factors:
     if of_outputs is not None:  # No entries of the curvature couple two outputs.
         diagonal = diagonal @ jnp.square(jnp.asarray(of_outputs, diagonal.dtype))
     stack, n = layout.sizes(layout.stack), layout.counts[1]
+    inputs = spreads.get("inputs")
     return Factors(
         layout.leaf(diagonal),
-        spreads["inputs"].reshape(*stack, n, n),
+        None if inputs is None else inputs.reshape(*stack, n, n),
         spreads["outputs"].reshape(*stack, *layout.sizes(layout.outputs)),
     )

@@ -394,6 +394,18 @@ def test_bad_bases():
         hs.value_and_factors(loss, curvature="fisher")
 
 
+def test_too_many_inputs_have_no_second_moment():
+    def loss(p, x):
+        return jnp.mean(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
+
+    p, x = {"a": normal(5, 3), "b": normal(3, 2, seed=1)}, normal(4, 5, seed=2)
+    _, (_, whole) = hs.value_and_factors(loss)(p, x)
+    _, (_, factors) = hs.value_and_factors(loss, max_inputs=4)(p, x)
+    assert factors["a"].inputs is None
+    assert_close(factors | {"a": None}, whole | {"a": None})
+    assert_close(factors["a"][::2], whole["a"][::2])
+
+
 def test_bases_beside_none():
     def loss(p, x):
         return jnp.sum((x @ p["w"]) ** 2)

@@ -183,6 +183,24 @@ def test_tiny_gradients_are_a_direction_too():
         assert np.isfinite(values).all()
 
 
+def test_too_many_inputs_are_isotropic():
+    def wide_loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    w, x = normal(8193, 2).astype("float32"), normal(3, 8193, seed=1).astype("float32")
+    solver = hs.orthogonal_newton(0.1, hs.layouts(wide_loss)(w, x))
+    state = solver.init(w)
+    assert state[0].inputs is None
+    assert state[0].inverse is None
+    _, (grad, factors) = hs.value_and_factors(wide_loss)(w, x)
+    assert factors.inputs is None
+    updates, _ = solver.update(grad, state, factors=factors)
+    relative = factors.outputs / factors.outputs.mean()
+    direction = orthogonalised((grad / (relative + 0.2)[None])[None])[0]
+    scale = -0.1 * RMS / np.sqrt(np.mean(np.square(direction)))
+    np.testing.assert_allclose(updates, scale * direction, rtol=0, atol=1e-5)
+
+
 def test_nothing_to_update():
     solver = optax.multi_transform(
         {"layers": SOLVER, "frozen": optax.set_to_zero()}, dict.fromkeys(start(), "frozen")

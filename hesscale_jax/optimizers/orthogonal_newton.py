@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from hesscale_jax.factored import Factors, Layout
+from hesscale_jax.factored import MAX_INPUTS, Factors, Layout
 from hesscale_jax.optimizers.hess_diag import accumulator_dtype, keep_unless
 
 # Jordan's coefficients: five steps bring the singular values between .7 and 1.2.
@@ -32,9 +32,6 @@ RMS = 0.2
 
 # Layers' steps differ in length by this factor from their geometric mean, at most.
 LOG_SPREAD = math.log(3.0)
-
-# Of wider layers, the inputs are taken as isotropic: their second moment is too large.
-WIDEST = 8192
 
 
 ADVICE = (
@@ -92,7 +89,7 @@ def scale_by_orthogonal_newton(
             if not _is_matrix(layout):
                 return jnp.zeros_like(p, dtype=dtype) if kind == "nu" else None
             count, n, m = layout.counts
-            if kind == "nu" or (kind != "outputs" and n > WIDEST):
+            if kind == "nu" or (kind != "outputs" and n > MAX_INPUTS):
                 return None
             if kind == "outputs":
                 return jnp.zeros((count, m), dtype)
@@ -265,7 +262,8 @@ def _renewed(
     if fresh is False:
         return held
     count, n, m = layout.counts
-    if factors.inputs is None or jnp.size(factors.inputs) != count * n * n:
+    sizes = [0 if x is None else jnp.size(x) for x in (factors.inputs, factors.outputs)]
+    if sizes[1] != count * m or (held[0] is not None and sizes[0] != count * n * n):
         raise ValueError(f"'factors' are not those of a layer of layout {layout}")
 
     def renew(held: Any) -> Any:
@@ -421,8 +419,9 @@ def orthogonal_newton(
     matter. What is no layer's weights (biases, norms, embeddings, weights of one input or output)
     is updated by Adam, at the same learning rate.
 
-    Only products of matrices are computed, nothing is decomposed. Factors renewed at every tenth
-    step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
+    Only products of matrices are computed, nothing is decomposed. The inputs of a layer with more
+    than 8192 of them are taken as isotropic, its :math:`A` as the identity. Factors renewed at
+    every tenth step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
 
     Args:
         learning_rate: A global scaling factor, either fixed or evolving along iterations with a
