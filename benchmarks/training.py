@@ -4,6 +4,7 @@
                            on those held out
     autoencoder            the same, 64-48-32-16-32-48-64, tanh
     PINN                   u'' = f on an interval, two scales, 1-32-32-32-1, tanh
+    TD learning            the value of a policy, the target by the network itself; 3-64-64-1, tanh
     character LM           a transformer on the source of Python's standard library; held-out text
 
 Learning rates warm up over a twentieth of the steps and decay by a cosine. Every optimizer is
@@ -145,6 +146,7 @@ class Task(NamedTuple):
     evaluation: tuple[np.ndarray, ...]  # The batch whose loss is reported.
     steps: int
     held_out: tuple[np.ndarray, ...] | None = None  # A second batch, whose last loss is.
+    reported: Callable[..., jax.Array] | None = None  # The loss that is reported, if another.
 
 
 EVALUATE_EVERY = 20
@@ -268,12 +270,60 @@ def char_lm_task() -> Task:
     return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 300)
 
 
+def td_task() -> Task:
+    """The value of a policy that brings a pendulum up, by temporal differences, as DQN's updates.
+
+    The target is the network's own value of the next state, held fixed; what is reported is the
+    distance from the true values, by rolling out.
+    """
+    discount, dt = 0.95, 0.05
+
+    def step(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        angle, speed = state[..., 0], state[..., 1]
+        torque = np.clip(-4 * np.sin(angle) - speed, -2, 2)
+        speed = np.clip(speed + dt * (5 * np.sin(angle) + 3 * torque), -8, 8)
+        angle = angle + dt * speed
+        return np.stack([angle, speed], -1), np.cos(angle) - 0.01 * speed**2
+
+    def states(rng: np.random.Generator, count: int) -> np.ndarray:
+        return rng.uniform([-np.pi, -8], [np.pi, 8], (count, 2))
+
+    def features(state: np.ndarray) -> np.ndarray:
+        angle, speed = state[..., 0], state[..., 1]
+        return np.stack([np.cos(angle), np.sin(angle), speed / 8], -1).astype(np.float32)
+
+    def value(params: Any, x: jax.Array) -> jax.Array:
+        return forward(params, x)[:, 0]
+
+    def loss(params: Any, x: jax.Array, reward: jax.Array, after: jax.Array) -> jax.Array:
+        target = jax.lax.stop_gradient(reward + discount * value(params, after))
+        return jnp.mean(jnp.square(value(params, x) - target))
+
+    def distance(params: Any, x: jax.Array, true: jax.Array, _: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(value(params, x) - true))
+
+    def batch(seed: int, number: int) -> tuple[np.ndarray, ...]:
+        state = states(np.random.default_rng([seed, number]), 64)
+        after, reward = step(state)
+        return features(state), reward.astype(np.float32), features(after)
+
+    start = state = states(np.random.default_rng(0), 512)
+    true = np.zeros(len(start))
+    for t in range(300):
+        state, reward = step(state)
+        true += discount**t * reward
+    evaluation = features(start), true.astype(np.float32), features(start)
+    sizes = (3, 64, 64, 1)
+    return Task(lambda s: dense(sizes, s), loss, batch, evaluation, 600, reported=distance)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "digits MLP": lambda: digits_task(digits.NnxMLP, 600),
     "digits CNN": lambda: digits_task(digits.NnxCNN, 400),
     "digits ViT": lambda: digits_task(ViT, 400),
     "autoencoder": autoencoder_task,
     "PINN": pinn_task,
+    "TD learning": td_task,
     "character LM": char_lm_task,
 }
 
@@ -309,7 +359,7 @@ def curves(
     task: Task, method: Method, step_fun: Any, seeds: Sequence[int], done: Any
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
     """By learning rate, for each seed: the loss after every so many steps; the held-out loss."""
-    evaluate = jax.jit(task.loss)
+    evaluate = jax.jit(task.reported or task.loss)
     evaluation = jax.device_put(task.evaluation)
     found: dict[str, list[list[float]]] = {f"{rate:.3g}": [] for rate in method.rates}
     held_out: dict[str, list[float]] = {key: [] for key in found}
