@@ -95,6 +95,7 @@ def test_pruning_by_curvature_keeps_more_than_by_magnitude(tmp_path):
         assert loss[name][left] < loss["magnitude"][left] < loss["random"][left], name
 
 
+@pytest.mark.slow
 def test_elastic_weight_consolidation_forgets_less(tmp_path):
     _, *rows = run_smoke("continual.py", tmp_path)
 
@@ -110,6 +111,7 @@ def test_elastic_weight_consolidation_forgets_less(tmp_path):
         assert mean > accuracy["L2"][2], name
 
 
+@pytest.mark.slow
 def test_second_order_methods_gain_from_the_diagonal(tmp_path):
     _, _, *rows = run_smoke("second_order.py", tmp_path)
 
@@ -150,6 +152,7 @@ def test_large_batches_take_the_same_step_every_way():
         assert float(apart) < 1e-6  # float32, other orders of summation
 
 
+@pytest.mark.slow
 def test_char_lm_learns(tmp_path):
     for package in ("matplotlib", "orbax.checkpoint", "tqdm"):
         pytest.importorskip(package)
@@ -166,6 +169,7 @@ def test_char_lm_learns(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "packages"),
     [

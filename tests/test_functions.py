@@ -85,7 +85,12 @@ def differences(lines: dict[str, tuple[Callable[..., Any], Line]]) -> dict[str, 
     return failed
 
 
-@pytest.mark.parametrize("module", LINES)
+SLOW = ("jax.scipy.special", "jax.scipy.stats")
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in LINES]
+)
 def test_is_exact(module: str) -> None:
     with (
         jax.numpy_dtype_promotion("standard"),
