@@ -543,10 +543,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def panels(lines: dict[str, Any], path: Path, x: str, y: str, scale: str) -> None:
-    columns = min(3, len(lines))
+    columns = min(4, len(lines))
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in axes[len(lines) :]:
+        ax.axis("off")
     handles: dict[str, Any] = {}
     for ax, (name, by_method) in zip(axes, lines.items(), strict=False):
         for method, (xs, ys) in by_method.items():
@@ -567,7 +569,7 @@ def panels(lines: dict[str, Any], path: Path, x: str, y: str, scale: str) -> Non
         [handles[method] for method in shown],
         shown,
         loc="outside upper center",
-        ncols=4,
+        ncols=6,
         frameon=False,
         fontsize="small",
     )
