@@ -31,7 +31,7 @@ from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Selection
 from hesscale_jax.rules.table import Unsupported, find
-from hesscale_jax.transform import check_curvature, traced
+from hesscale_jax.transform import check_curvature, of_shapes, traced
 
 __all__ = ["explain"]
 
@@ -94,22 +94,7 @@ def explain(
         names = dict(zip(program.inputs, _paths(fun, chosen), strict=True))
         return _explained(fun, program, names, rules, curvature)
 
-    def explain_fun(*args: Any, **kwargs: Any) -> Report:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        abstract = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-        if not abstract:
-            return explained(args, kwargs)
-        reports = []
-
-        def with_arrays(*arrays: Any) -> None:
-            for i, array in zip(abstract, arrays, strict=True):
-                leaves[i] = array
-            reports.append(explained(*jax.tree.unflatten(tree, leaves)))
-
-        jax.eval_shape(with_arrays, *(leaves[i] for i in abstract))
-        return reports[0]
-
-    return explain_fun
+    return of_shapes(explained)
 
 
 def _paths(fun: Callable[..., Any], chosen: Mapping[int, Any]) -> list[str]:

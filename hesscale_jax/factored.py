@@ -1,4 +1,4 @@
-r"""The spread of a leaf that is one factor of one product: along a basis, and by its factors.
+r"""The spread of a layer's weights: along a basis of its inputs, and by its factors.
 
 A leaf ``W`` of a product ``z_n = x_n W``, inputs x outputs, may vary in other ways than entry by
 entry. With half-variances ``D`` along the columns of an orthonormal basis ``V`` of its inputs, a
@@ -90,16 +90,16 @@ class Bases(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a leaf are summed over by its product, and which index its outputs.
+    """Which axes of a leaf are summed over by its products, and which index their outputs.
 
     Attributes:
       shape: The leaf's shape.
-      stack: The axes that the product runs over: layers of a ``scan``, a batch of products.
-      inputs: The axes that the product sums over; of a convolution, those of a patch.
+      stack: The axes that the products run over: layers of a ``scan``, a batch of products.
+      inputs: The axes that the products sum over; of a convolution, those of a patch.
       outputs: The others.
       last: Whether no other such leaf has a product that depends on this one's, as in the last
         layer of a network.
-      reason: Why the leaf has none of these, empty if it has.
+      reason: Why the leaf is no layer's weights, empty if it is.
     """
 
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ class Layout:
 
     @property
     def factored(self) -> bool:
-        """Whether the leaf is one factor of one product."""
+        """Whether the leaf is a layer's weights: a factor of products, and of nothing else."""
         return not self.reason
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -180,12 +180,15 @@ class Factored:
 
     def sharded(self, spec: Any) -> "Factored":
         """How ``shard_map`` is to split the arrays, of a value that it splits by ``spec``."""
-        of_stack, of_outputs = None, None
-        for name, axis in zip(spec, self.axes, strict=False):
-            if name is not None:
-                of_stack, of_outputs = (
-                    (name, of_outputs) if set(axis) <= set(self.stack) else (of_stack, name)
-                )
+        named = [
+            (name, set(axis) <= set(self.stack))
+            for name, axis in zip(spec, self.axes, strict=False)
+            if name is not None
+        ]
+        of_stack, of_outputs = (
+            next((name for name, stacked in named if stacked == wanted), None)
+            for wanted in (True, False)
+        )
         return dataclasses.replace(
             self,
             diagonal=P(of_stack, None, of_outputs),

@@ -1,12 +1,10 @@
 """``value_and_factors``: the curvature of each layer by its inputs and outputs, in a basis."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax.factored import MAX_INPUTS, Bases, Factored, Factors, Layout, row_major
@@ -14,7 +12,7 @@ from hesscale_jax.layout import layouts as find_layouts
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
 from hesscale_jax.rules.table import find
-from hesscale_jax.transform import check_curvature, traced, transposed
+from hesscale_jax.transform import differentiated, of_shapes, traced
 
 __all__ = ["layouts", "value_and_factors"]
 
@@ -59,23 +57,16 @@ def layouts(
       (False, "'add' reads it")
     """
 
-    def layouts_fun(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        found: list[Any] = []
+    def found(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        structure = jax.tree.structure(list(chosen.values()))
+        trees = jax.tree.unflatten(structure, _of_program(program, rules))
+        return trees[0] if isinstance(argnums, int) else tuple(trees)
 
-        def with_arrays(*arrays: Any) -> None:
-            args, kwargs = jax.tree.unflatten(tree, arrays)
-            program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
-            structure = jax.tree.structure(list(chosen.values()))
-            found.append(jax.tree.unflatten(structure, _of_program(program, rules)))
-
-        jax.eval_shape(with_arrays, *leaves)
-        return found[0][0] if isinstance(argnums, int) else tuple(found[0])
-
-    return layouts_fun
+    return of_shapes(found)
 
 
-def _of_program(program: Any, rules: Mapping[Any, Any]) -> list[Layout]:
+def _of_program(program: _jaxpr.Program, rules: Mapping[Any, Any]) -> list[Layout]:
     return find_layouts(program, program.outputs[:1], lambda eqn: find(rules, eqn), program.inputs)
 
 
@@ -150,39 +141,18 @@ def value_and_factors(
       George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis
       <https://arxiv.org/abs/1806.03884>`_, 2018
     """
-    check_curvature(curvature)
 
-    @functools.wraps(fun)
-    def value_and_factors_fun(*args: Any, **kwargs: Any) -> Any:
-        program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
-        leaves, tree = jax.tree.flatten(list(chosen.values()))
-        inputs = list(map(jnp.asarray, leaves))
+    def factors(program: _jaxpr.Program, inputs: Sequence[Any], tree: Any) -> Any:
         found = _of_program(program, rules)
         given = _bases(bases, argnums, tree, found)
         structures = [
             _structure(x, layout, basis.inputs, weighted, max_inputs)
             for x, layout, basis in zip(inputs, found, given, strict=True)
         ]
+        outputs = [basis.outputs for basis in given]
+        return structures, lambda spreads: list(map(_factors, found, spreads, outputs))
 
-        def run(inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            primals, transpose = transposed(
-                program, inputs, rules, curvature, structures=structures
-            )
-            value, *aux = map(jnp.asarray, primals)
-            grads, spreads = transpose(lax.full_like(value, 1))
-            outputs = [basis.outputs for basis in given]
-            return [value, *aux], grads, list(map(_factors, found, spreads, outputs))
-
-        if _jaxpr.stops_at_nans():
-            run = jax.jit(run)
-        (value, *aux), grads, factors = run(inputs)
-        result = tuple(
-            found[0] if isinstance(argnums, int) else tuple(found)
-            for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, factors))
-        )
-        return ((value, loss.with_aux(aux)) if has_aux else value), result
-
-    return value_and_factors_fun
+    return differentiated(fun, argnums, has_aux, curvature, rules, factors)
 
 
 def _bases(

@@ -315,19 +315,6 @@ class _Page:
             for page in self._bodies.get(place.step, ()):
                 yield from page._mixing()
 
-    # What has no basis
-
-    def coordinates(self) -> list[str]:
-        layouts = self._report.layouts
-        rows = repeated(
-            (f"  {cut(name, VALUE)}", layout.reason)
-            for name, layout in layouts
-            if len(layout.shape) > 1 and not layout.factored
-        )
-        if not rows or not any(layout.factored for _, layout in layouts):
-            return []
-        return ["No layer's weights, so without a basis of its inputs:", *aligned(rows)]
-
     def _inside(self) -> Iterator["_Page"]:
         return itertools.chain.from_iterable(self._bodies.values())
 
@@ -340,6 +327,19 @@ class _Page:
             self._number(i) + (f" (x {n})" if n > 1 else relative(first[i], base))
             for i, n in sorted(count.items())
         )
+
+    # What has no basis
+
+    def coordinates(self) -> list[str]:
+        layouts = self._report.layouts
+        rows = repeated(
+            (f"  {cut(name, VALUE)}", layout.reason)
+            for name, layout in layouts
+            if len(layout.shape) > 1 and not layout.factored
+        )
+        if not rows or not any(layout.factored for _, layout in layouts):
+            return []
+        return ["No layer's weights, so without a basis of its inputs:", *aligned(rows)]
 
 
 def relative(place: Place, base: Place) -> str:

@@ -103,32 +103,60 @@ def value_and_hesscale(
       Elsayed et al., `Revisiting Scalable Hessian Diagonal Approximations for Applications in
       Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024
     """
+
+    def diagonals(program: _jaxpr.Program, inputs: Sequence[Any], tree: Any) -> _Structure:
+        def finish(spreads: Sequence[Any]) -> list[Any]:
+            return [h.astype(x.dtype) for h, x in zip(spreads, inputs, strict=True)]
+
+        return [None] * len(inputs), finish
+
+    return differentiated(fun, argnums, has_aux, curvature, rules, diagonals)
+
+
+# How each input's spread varies, and what is made of the cotangents of all.
+_Structure = tuple[Sequence[Factored | None], Callable[[Sequence[Any]], list[Any]]]
+
+
+def differentiated(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    curvature: str,
+    rules: Mapping[Any, Any],
+    structure: Callable[[_jaxpr.Program, Sequence[Any], Any], _Structure],
+) -> Callable[..., Any]:
+    """A loss's value, gradient and curvature, the latter by ``structure(program, inputs, tree)``.
+
+    ``tree`` is the structure of the list of the arguments to differentiate.
+    """
     check_curvature(curvature)
 
     @functools.wraps(fun)
-    def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:
+    def differentiated_fun(*args: Any, **kwargs: Any) -> Any:
         program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
+        structures, finish = structure(program, inputs, tree)
 
         def run(inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            primals, transpose = transposed(program, inputs, rules, curvature)
+            primals, transpose = transposed(
+                program, inputs, rules, curvature, structures=structures
+            )
             value, *aux = map(jnp.asarray, primals)
-            grads, diagonals = transpose(lax.full_like(value, 1))
-            diagonals = [h.astype(g.dtype) for h, g in zip(diagonals, grads, strict=True)]
-            return [value, *aux], grads, diagonals
+            grads, spreads = transpose(lax.full_like(value, 1))
+            return [value, *aux], grads, finish(spreads)
 
         if _jaxpr.stops_at_nans():
             # Written out, the functions of jax.numpy show numbers that they then do not choose.
             run = jax.jit(run)
-        (value, *aux), grads, diagonals = run(inputs)
+        (value, *aux), grads, curvatures = run(inputs)
         result = tuple(
             found[0] if isinstance(argnums, int) else tuple(found)
-            for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, diagonals))
+            for found in (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, curvatures))
         )
         return ((value, loss.with_aux(aux)) if has_aux else value), result
 
-    return value_and_hesscale_fun
+    return differentiated_fun
 
 
 def without_value(value_and_fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -166,6 +194,30 @@ def traced(
 
     loss = _Loss(flat_fun, has_aux)
     return _jaxpr.flatten(_jaxpr.trace(loss, *leaves)), loss, chosen
+
+
+def of_shapes(analysed: Callable[[Sequence[Any], Mapping[str, Any]], Any]) -> Callable[..., Any]:
+    """A function of arguments, in which ``jax.ShapeDtypeStruct`` may stand for any array.
+
+    ``analysed(args, kwargs)`` traces and computes nothing.
+    """
+
+    def of_shapes_fun(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        abstract = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+        if not abstract:
+            return analysed(args, kwargs)
+        results = []
+
+        def with_arrays(*arrays: Any) -> None:
+            for i, array in zip(abstract, arrays, strict=True):
+                leaves[i] = array
+            results.append(analysed(*jax.tree.unflatten(tree, leaves)))
+
+        jax.eval_shape(with_arrays, *(leaves[i] for i in abstract))
+        return results[0]
+
+    return of_shapes_fun
 
 
 def transposed(

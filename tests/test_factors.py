@@ -443,6 +443,14 @@ def test_layouts_of_shapes_alone():
     assert hs.layouts(loss, (0, 1))(w, x)[1].inputs == (1,)
 
 
+def test_arguments_that_are_no_arrays():
+    def loss(w, x, power, how="tanh"):
+        return jnp.mean(getattr(jnp, how)(x @ w) ** power) if power > 1 else jnp.sum(x)
+
+    found = hs.layouts(loss)(normal(4, 3), normal(5, 4), 2, how="sin")
+    assert found.inputs == (0,)
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_shard_map(weighted):
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from hesscale_jax.factored import MAX_INPUTS, Factors, Layout
-from hesscale_jax.optimizers.hess_diag import accumulator_dtype, keep_unless
+from hesscale_jax.optimizers.hess_diag import accumulator_dtype, keep_unless, usable
 
 # Jordan's coefficients: five steps bring the singular values between .7 and 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -29,6 +29,9 @@ STEPS = 5
 # An orthogonal matrix is scaled to this root mean square, about that of Adam's updates
 # (Liu et al., 2025), so that one learning rate serves all parameters.
 RMS = 0.2
+
+# A matrix that takes more steps to invert has a condition number that its dtype does not bear.
+MOST = 40
 
 # Layers' steps differ in length by this factor from their geometric mean, at most.
 LOG_SPREAD = math.log(3.0)
@@ -130,7 +133,9 @@ def scale_by_orthogonal_newton(
         count = optax.safe_increment(state.count)
         if not each[0]:  # All are masked.
             return updates, state._replace(count=count)
-        fresh = _usable(each[0], each[2], refreshed, skip_nonfinite)
+        used = [f[1:] for layout, f in zip(each[0], each[2], strict=True) if _is_matrix(layout)]
+        looks = skip_nonfinite and refreshed is not False and bool(jax.tree.leaves(used))
+        fresh = usable(used, refreshed, looks)
         number = state.refreshed + (1 if fresh is None else jnp.asarray(fresh, jnp.int32))
         t = count.astype(float)
         steps: list[Any] = []
@@ -244,17 +249,6 @@ class _Held:
         self.factors = factors
 
 
-def _usable(
-    layouts: list[Layout], factors: list[Factors], refreshed: Any, skip_nonfinite: bool
-) -> Any:
-    """Whether the factors are to be taken in: None if that is certain while tracing."""
-    used = [f[1:] for layout, f in zip(layouts, factors, strict=True) if _is_matrix(layout)]
-    if not skip_nonfinite or not used or refreshed is False:
-        return refreshed
-    parts = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(used)]
-    return jnp.all(jnp.stack([*parts, jnp.asarray(True if refreshed is None else refreshed)]))
-
-
 def _renewed(
     layout: Layout, factors: Factors, held: Any, decay: Any, damping: Any, fresh: Any
 ) -> tuple[Any, Any, Any]:
@@ -284,21 +278,29 @@ def _renewed(
 def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
     """Of each matrix over its mean eigenvalue, plus the damping: by matrix products alone.
 
-    Newton and Schulz's iteration squares the error ``I - A X``, whose norm is 1 less the least
-    eigenvalue over the bound at first: about ``damping / n`` at worst.
+    Newton and Schulz's iteration squares the error ``I - A X``, until it is that of rounding after
+    one more step. Its norm is 1 less ``damping / n`` at first, at worst.
     """
     n = a.shape[-1]
     eye = jnp.eye(n, dtype=a.dtype)[None]
     mean = jnp.trace(a, axis1=-2, axis2=-1)[:, None, None] / n
-    a = a / jnp.maximum(mean, jnp.finfo(a.dtype).tiny) + damping * eye
+    a = a / jnp.maximum(mean, jnp.finfo(a.dtype).tiny) + jnp.asarray(damping, a.dtype) * eye
     bound = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
+    enough = float(jnp.finfo(a.dtype).eps) ** 0.5
 
-    def step(_: Any, x: jax.Array) -> jax.Array:
-        product = jnp.matmul(a, x, precision="highest")
-        return jnp.matmul(x, 2 * eye - product, precision="highest")
+    def goes_on(held: Any) -> Any:
+        _, error, count = held
+        return (error > enough) & (count < MOST)
 
-    steps = math.ceil(math.log2(5 * n)) + 5
-    return jax.lax.fori_loop(0, steps, step, jnp.broadcast_to(eye, a.shape) / bound)
+    def step(held: Any) -> Any:
+        x, _, count = held
+        error = eye - jnp.matmul(a, x, precision="highest")
+        x = x + jnp.matmul(x, error, precision="highest")
+        size = jnp.max(jnp.linalg.norm(error, axis=(-2, -1))) / n**0.5
+        return x, size, count + 1
+
+    start = jnp.broadcast_to(eye, a.shape) / bound
+    return jax.lax.while_loop(goes_on, step, (start, jnp.ones([], a.dtype), 0))[0]
 
 
 class _Step(NamedTuple):
@@ -361,14 +363,9 @@ def orthogonalised(x: jax.Array) -> jax.Array:
     a, b, c = QUINTIC
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
-    for largest in (
-        lambda x: jnp.max(
-            jnp.abs(x), axis=(-2, -1), keepdims=True
-        ),  # Squares neither leave float32
-        lambda x: jnp.linalg.norm(x, axis=(-2, -1), keepdims=True),  # nor are lost in it.
-    ):
-        size = largest(x)
-        x = x / jnp.where(size > 0, size, 1)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)  # Squares neither overflow nor vanish.
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1)
     for _ in range(STEPS):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x

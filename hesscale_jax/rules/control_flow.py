@@ -107,20 +107,24 @@ def _while(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mom
 def _shard_map(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``y = body(x)`` on each device: moments are sharded as their values are."""
     (body,) = eqn.bodies
-    structured = [isinstance(x.spread, Factored) for x in operands]
-    in_specs = tuple(
-        Moments(spec, spec, x.spread.sharded(spec)) if is_structured else spec
-        for spec, x, is_structured in zip(eqn.params["in_specs"], operands, structured, strict=True)
-    )
+    in_specs = tuple(map(_spec, eqn.params["in_specs"], operands))
 
     def run(*operands: Moments) -> tuple[Moments, ...]:
-        here = [
-            x._replace(spread=x.spread.local(x.primal.shape)) if is_structured else x
-            for x, is_structured in zip(operands, structured, strict=True)
-        ]
-        return tuple(recurse(body, here))
+        return tuple(recurse(body, list(map(_local, operands))))
 
     return list(_jaxpr.shard_mapped(eqn, run, in_specs)(*operands))
+
+
+def _spec(spec: Any, x: Moments) -> Any:
+    """How an operand of ``shard_map`` is split, of which the value is split by ``spec``."""
+    structured = isinstance(x.spread, Factored)
+    return Moments(spec, spec, x.spread.sharded(spec)) if structured else spec
+
+
+def _local(x: Moments) -> Moments:
+    """An operand of ``shard_map`` on one device."""
+    structured = isinstance(x.spread, Factored)
+    return x._replace(spread=x.spread.local(x.primal.shape)) if structured else x
 
 
 def _each(x: Moments) -> Moments:

@@ -47,23 +47,22 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     def product(a: Any, b: Any) -> Any:
         return None if a is None or b is None else _bind(eqn, a, b, *rest)
 
-    def spread(a: Any, b: Any) -> Any:
-        return _bind(eqn, a, b, *rest, **precise)
-
-    def scattered(position: int) -> Any:
+    def spread(position: int) -> Any:
+        """What one factor's spread gives the result's."""
         v, other = operands[position].spread, operands[1 - position].primal
         if v is None:
             return None
         if isinstance(v, Factored):
             y = v.spread(eqn, position, other)
         else:
-            y = spread(square(other), v) if position else spread(v, square(other))
+            pair = (square(other), v) if position else (v, square(other))
+            y = _bind(eqn, *pair, *rest, **precise)
         return y if wide == result else lax.convert_element_type(y, result)
 
     y = Moments(
         product(x.primal, w.primal),
         total(product(x.shift, w.primal), product(x.primal, w.shift)),
-        total(scattered(0), scattered(1)),
+        total(spread(0), spread(1)),
     )
     return [_with_squares(eqn, x, y, recurse.curved) if _is_gram(eqn) else y]
 
