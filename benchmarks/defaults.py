@@ -41,8 +41,8 @@ def losses(name: str, scale: float, progress: Progress) -> dict[str, list[float]
     bar = progress.add_task(f"{name}, {scale:g}", total=len(every) * len(RATES))
     found = {}
     for key, method in every.items():
-        step_fun = training.train_step(scaled, method)
-        curves, _ = training.curves(task, method, step_fun, [0], partial(progress.advance, bar))
+        run = training.training(scaled, method)
+        curves, _ = training.curves(task, method, run, [0], partial(progress.advance, bar))
         found[key] = [training.final(runs) for runs in curves.values()]
     return found
 

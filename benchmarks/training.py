@@ -335,7 +335,14 @@ def schedule(step: Any, steps: int) -> Any:
     return jnp.minimum((step + 1) * 20 / steps, 1) * (1 + jnp.cos(math.pi * step / steps)) / 2
 
 
-def train_step(task: Task, method: Method) -> Callable[..., Any]:
+class Training(NamedTuple):
+    """A method on a task."""
+
+    init: Callable[[float, Any], Any]  # (rate, params) -> state
+    step: Callable[..., Any]  # (number, rate, params, state, *batch) -> (params, state)
+
+
+def training(task: Task, method: Method) -> Training:
     layouts = hs.layouts(task.loss)(task.params(0), *task.batch(0, 0))
 
     def step_fun(fresh: bool, step: Any, rate: Any, params: Any, state: Any, *batch: Any) -> Any:
@@ -351,12 +358,11 @@ def train_step(task: Task, method: Method) -> Callable[..., Any]:
         which = stale if number % method.interval else fresh
         return which(np.int32(number), np.float32(rate), *args)
 
-    step.init = lambda rate, params: method.tx(rate, layouts).init(params)  # type: ignore[attr-defined]
-    return step
+    return Training(lambda rate, params: method.tx(rate, layouts).init(params), step)
 
 
 def curves(
-    task: Task, method: Method, step_fun: Any, seeds: Sequence[int], done: Any
+    task: Task, method: Method, run: Training, seeds: Sequence[int], done: Any
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
     """By learning rate, for each seed: the loss after every so many steps; the held-out loss."""
     evaluate = jax.jit(task.reported or task.loss)
@@ -367,9 +373,9 @@ def curves(
         params = task.params(seed)
         batches = jax.device_put([task.batch(seed, step) for step in range(task.steps)])
         for rate in method.rates:
-            p, state, losses = params, step_fun.init(rate, params), []
+            p, state, losses = params, run.init(rate, params), []
             for step, batch in enumerate(batches):
-                p, state = step_fun(step, rate, p, state, *batch)
+                p, state = run.step(step, rate, p, state, *batch)
                 if (step + 1) % EVALUATE_EVERY == 0:
                     losses.append(float(evaluate(p, *evaluation)))
             found[f"{rate:.3g}"].append(losses)
@@ -380,19 +386,19 @@ def curves(
 
 
 def milliseconds(
-    task: Task, every: Sequence[str], step_funs: dict[str, Any], rounds: int
+    task: Task, every: Sequence[str], runs: dict[str, Training], rounds: int
 ) -> dict[str, float]:
     """The median time of a step, the methods taking turns of ten steps."""
     params = task.params(0)
     batches = jax.device_put([task.batch(0, step) for step in range(INTERVAL)])
-    states = {name: step_funs[name].init(1e-3, params) for name in every}
+    states = {name: runs[name].init(1e-3, params) for name in every}
     times: dict[str, list[float]] = {name: [] for name in every}
     for _ in range(rounds + 1):  # The first one compiles.
         for name in every:
             p, state = params, states[name]
             start = time.perf_counter()
             for step, batch in enumerate(batches):
-                p, state = step_funs[name](step, 1e-3, p, state, *batch)
+                p, state = runs[name].step(step, 1e-3, p, state, *batch)
             jax.block_until_ready(p)
             times[name].append((time.perf_counter() - start) / len(batches))
     return {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}
@@ -403,7 +409,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """The results of a task so far, after each method and after the timing."""
     task = TASKS[name]()
-    step_funs = {key: train_step(task, METHODS[key]) for key in chosen}
+    runs = {key: training(task, METHODS[key]) for key in chosen}
     bar = progress.add_task(name, total=seeds * sum(len(METHODS[key].rates) for key in chosen))
     result: dict[str, Any] = {
         "steps": task.steps,
@@ -414,11 +420,11 @@ def measure(
     for key in chosen if seeds else ():
         progress.update(bar, description=f"{name}, {key}")
         done = functools.partial(progress.advance, bar)
-        losses, held_out = curves(task, METHODS[key], step_funs[key], range(seeds), done)
+        losses, held_out = curves(task, METHODS[key], runs[key], range(seeds), done)
         result["losses"][key], result["held_out"][key] = losses, held_out
         yield result
     progress.update(bar, description=f"{name}, timing")
-    result["milliseconds"] |= milliseconds(task, chosen, step_funs, rounds=10)
+    result["milliseconds"] |= milliseconds(task, chosen, runs, rounds=10)
     yield result
 
 

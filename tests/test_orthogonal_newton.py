@@ -164,6 +164,15 @@ def test_the_scale_of_the_loss_does_not_matter(scale):
         np.testing.assert_allclose(updates[name], expected[name], rtol=0, atol=1e-5)
 
 
+def test_layers_go_at_most_three_times_as_far_as_their_mean():
+    grad, factors = curvature(start())
+    steep = grad | {"out": 1e6 * grad["out"]}
+    updates, _ = SOLVER.update(steep, SOLVER.init(start()), factors=factors)
+    lengths = {name: float(jnp.sqrt(jnp.mean(updates[name] ** 2))) / (0.02 * RMS) for name in grad}
+    np.testing.assert_allclose(lengths["out"], 3)
+    np.testing.assert_allclose(lengths["hidden"], 1 / 3)
+
+
 def test_a_layer_that_dies_stays_where_it_is():
     params = start("float32")
     grad, factors = jax.tree.map(lambda x: x.astype("float32"), curvature(params))
