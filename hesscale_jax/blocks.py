@@ -9,7 +9,8 @@ and drops off-diagonal terms only between blocks. Blocks follow from the program
     level(y) = max level(operands) + 1    y made by any other equation, or by one that does not fit
 
 Equations that feed each other at one level are one block. Levels keep a residual stream from
-growing into a single block: in ``x + f(x)`` the sum starts anew, because ``f(x)`` is later.
+growing into a single block: in ``x + f(x)`` the sum starts anew, because ``f(x)`` is later. A block
+of many reductions, as an unrolled loop makes one, is cut into parts.
 
 A block has one *frame*, a shape in row-major order in which every value of the block has its place.
 A dimension of a value occupies a *span* ``(lo, hi)`` of it: ``lo`` entries of the frame's shape
@@ -18,8 +19,11 @@ So reshapes, reduced values and implicit broadcasts are all read off the spans, 
 odds with itself when two equations put one value at different spans, or when two spans overlap.
 """
 
+import copy
 import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +39,10 @@ Spans = tuple[Span, ...]  # one per dimension of a value
 
 NOTHING: Span = (1, 1)
 
+# The covariance of each pair of a block's reductions is written out. A block of more reductions
+# that share a source than WHOLE is cut to parts of no more than PART.
+WHOLE, PART = 8, 3
+
 
 class DoesNotFit(Exception):
     """An equation cannot join a block; it starts a new one."""
@@ -45,7 +53,10 @@ class Block:
 
     Attributes:
       spans: Where each value that the block reads or makes lies in the frame.
+      cut: Whether it is part of what would be one block, but for its length.
     """
+
+    cut = False
 
     def __init__(self, entries: int) -> None:
         self.spans: dict[Value, Spans] = {}
@@ -358,7 +369,15 @@ class _Grouping:
                     self._home[value] = block
             if block is not None:
                 member[eqn] = block
-        return {eqn: self._current(block) for eqn, block in member.items()}
+        whole: dict[Block, list[Equation]] = {}
+        for eqn, block in member.items():
+            whole.setdefault(self._current(block), []).append(eqn)
+        return {
+            eqn: part
+            for block, equations in whole.items()
+            for part, run in _cut(block, list(_parts(equations, rules, self._active)))
+            for eqn in run
+        }
 
     def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
         """Put an equation into the block of its operands, or raise ``DoesNotFit``."""
@@ -434,6 +453,61 @@ class _Grouping:
         while block in self._into:
             block = self._into[block]
         return block
+
+
+# Blocks that are too long
+
+
+def _cut(block: Block, runs: list[list[Equation]]) -> Iterator[tuple[Block, list[Equation]]]:
+    """A block for each run of its equations, all in one frame."""
+    for run in runs:
+        part = copy.copy(block)
+        part.cut = len(runs) > 1
+        yield part, run
+
+
+def _parts(
+    equations: list[Equation], rules: dict[Equation, Any], active: frozenset[Value]
+) -> Iterator[list[Equation]]:
+    """A block's equations in runs, if more than ``WHOLE`` of its reductions share a source."""
+    start = 0
+    ends = _ends(equations, start, rules, active, WHOLE)
+    if ends:
+        last = {v: i for i, eqn in enumerate(equations) for v in eqn.inputs}
+        while ends := _ends(equations, start, rules, active, PART):
+            # Where the fewest values go on to the next run, which takes them as independent.
+            end = min(reversed(ends), key=functools.partial(_crossing, equations, last, start))
+            yield equations[start:end]
+            start = end
+    yield equations[start:]
+
+
+def _ends(
+    equations: list[Equation],
+    start: int,
+    rules: dict[Equation, Any],
+    active: frozenset[Value],
+    most: int,
+) -> range:
+    """Where a run may end before it has more than so many reductions that share a source."""
+    origins: dict[Value, int] = {}  # the sources that a value depends on, as bits
+    taken: list[tuple[int, int]] = []  # where a reduction is, and its origins
+    for i in range(start, len(equations)):
+        eqn = equations[i]
+        reads = (origins.setdefault(v, 1 << len(origins)) for v in eqn.inputs if v in active)
+        origin = functools.reduce(operator.or_, reads)
+        if isinstance(rules[eqn], Reduction):
+            related = [j for j, other in taken if other & origin]
+            if len(related) >= most:
+                return range(related[most // 2 - 1] + 1, i + 1)
+            taken.append((i, origin))
+        origins.update(dict.fromkeys(eqn.outputs, origin))
+    return range(0)
+
+
+def _crossing(equations: list[Equation], last: dict[Any, int], start: int, end: int) -> int:
+    """How many values of a run are read after it."""
+    return sum(last.get(v, 0) >= end for eqn in equations[start:end] for v in eqn.outputs)
 
 
 def _move(

@@ -276,6 +276,8 @@ class _Explanation:
             yield from (name for name, at in (("model", False), ("head", True)) if at in inside)
         if any(eqn.region is not None for eqn in unit.equations):
             yield "checkpoint"
+        if unit.block is not None and unit.block.cut:
+            yield "cut short"
 
     def _bodies(self, eqn: Equation) -> Iterator[Report]:
         if eqn not in self._loops:

@@ -28,6 +28,7 @@ that what holds for all of its copies is computed once.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import Reduction, jvp, push
+from hesscale_jax.rules.selection import Reduction, jvp
 
 __all__ = ["BlockArithmetic"]
 
@@ -78,7 +79,7 @@ class Mixed:
 
 Root = Local | Mixed
 
-DEEPEST = 50  # of roots: covariances recurse from each to its parts
+WIDEST = 4  # sources of a local root: one of more is given by what it is computed from
 
 
 @dataclasses.dataclass
@@ -148,8 +149,7 @@ class BlockArithmetic:
         """``s = sum_k c_k u_k``."""
         (operand, *_), (value,) = eqn.inputs, eqn.outputs
         primals = [x.primal for x in operands]
-        s = _jaxpr.bind(eqn, *primals)
-        (shift,) = push(eqn, primals, [x.shift for x in operands])
+        (s,), (shift,) = jvp(eqn, primals, [x.shift for x in operands])
         u = self._read(operand)
         if all(operand.shape[i] == 1 for i in rule.axes(eqn)):
             self._derived[value] = u
@@ -162,16 +162,16 @@ class BlockArithmetic:
     def view(self, eqn: Equation, operands: Sequence[Moments]) -> Moments:
         """``y = x`` at other positions."""
         (x,), (operand,), (value,) = operands, eqn.inputs, eqn.outputs
-        (shift,) = push(eqn, [x.primal], [x.shift])
+        (y,), (shift,) = jvp(eqn, [x.primal], [x.shift])
         self._derived[value] = self._read(operand)
-        return Moments(_jaxpr.bind(eqn, x.primal), shift)
+        return Moments(y, shift)
 
     def spread(self, value: Value) -> Any:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
         root = v.root
         own = self._local_cov(root, root) if isinstance(root, Local) else self._cov(root, root)
-        return self._leave(scaled(v.slope, scaled(v.slope, own)), value)
+        return self._leave(squared(v.slope, own), value)
 
     # Handing a block over from one trace to another
 
@@ -256,9 +256,19 @@ class BlockArithmetic:
     # Covariances: linear in the spreads of the sources
 
     def _cov(self, a: Root | Sum, b: Root | Sum) -> Any:
-        """A covariance, computed for a pair when it is first asked for."""
-        if (a, b) not in self._covariances:
-            self._covariances[a, b] = self._covariances[b, a] = self._covariance(a, b)
+        """A covariance, computed for a pair when it is first asked for, after those of its parts.
+
+        They wait in a list, because a chain of roots may be deeper than Python's stack.
+        """
+        waiting = [(a, b)]
+        while waiting:
+            x, y = waiting[-1]
+            missing = [pair for pair in _pairs(x, y) if pair not in self._covariances]
+            waiting += missing
+            if not missing:
+                if (x, y) not in self._covariances:
+                    self._covariances[x, y] = self._covariances[y, x] = self._covariance(x, y)
+                waiting.pop()
         return self._covariances[a, b]
 
     def _covariance(self, a: Root | Sum, b: Root | Sum) -> Any:
@@ -293,10 +303,10 @@ class BlockArithmetic:
         """``sum_l a_l cov(l, b)`` over the parts of ``a``."""
         if a is not b:
             return total(*(scaled(d, self._cov(x, b)) for x, d in a.parts.items()))
-        squares = (scaled(d, scaled(d, self._cov(x, x))) for x, d in a.parts.items())
+        squares = (squared(d, self._cov(x, x)) for x, d in a.parts.items())
         pairs = itertools.combinations(a.parts.items(), 2)
-        mixed = (scaled(d, scaled(e, self._cov(x, y))) for (x, d), (y, e) in pairs)
-        return total(*squares, scaled(2.0, total(*mixed)))
+        mixed = (doubled(d, e, self._cov(x, y)) for (x, d), (y, e) in pairs)
+        return total(*squares, *mixed)
 
     # Between the shape of a value and the block's frame
 
@@ -342,13 +352,16 @@ class BlockArithmetic:
         return times(_jaxpr.number(absent, self._dtype), x) if missing else x
 
 
-def _held(root: Any) -> Iterator[tuple[dict[Any, Any], Any]]:
-    for terms in vars(root).values():
-        if isinstance(terms, dict):
-            for key in terms:
+def _held(root: Root) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Where the coefficients of a root are, and those of what it is computed from, each once."""
+    waiting, found = [root], {root}
+    while waiting:
+        for terms in vars(waiting.pop()).values():
+            for key in terms if isinstance(terms, dict) else ():
                 yield terms, key
-                if not isinstance(key, Value):
-                    yield from _held(key)
+                if not isinstance(key, Value) and key not in found:
+                    found.add(key)
+                    waiting.append(key)
 
 
 def _as(shift: Any, value: Value) -> Any:
@@ -366,12 +379,29 @@ def _composite(parts: dict[Any, Coefficient]) -> Root:
         if isinstance(root, Mixed) or root.repeated:
             return _mixed(parts)
         _add(of_source, root.of_source, slope)
-    return Local(of_source)
+    return Local(of_source) if len(of_source) <= WIDEST else _mixed(parts)
 
 
 def _mixed(parts: dict[Any, Coefficient]) -> Mixed:
-    depth = 1 + max(x.depth for x in parts)
-    return Mixed(parts, depth) if depth <= DEEPEST else Mixed(_leaves(parts), 2)
+    """A root that takes in reductions, by what makes no more parts with constant derivatives."""
+    found: dict[Any, Coefficient] = {}
+    for root, slope in parts.items():
+        inner = root.parts if isinstance(root, Mixed) else {}
+        constant = inner and all(isinstance(c, float) for c in (slope, *inner.values()))
+        _add(found, inner if constant else {root: 1.0}, slope)
+    found = found if len(found) <= len(parts) else parts
+    return Mixed(found, 1 + max(x.depth for x in found))
+
+
+def _pairs(a: Root | Sum, b: Root | Sum) -> Iterable[tuple[Any, Any]]:
+    """The pairs of roots of whose covariances that of ``a`` and ``b`` is computed."""
+    if a.depth < b.depth:
+        a, b = b, a
+    if not isinstance(a, Mixed):
+        return ()
+    if a is b:
+        return itertools.combinations_with_replacement(a.parts, 2)
+    return ((x, b) for x in a.parts)
 
 
 def _leaves(parts: dict[Any, Coefficient]) -> dict[Any, Coefficient]:
@@ -422,7 +452,7 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     open_at = [x.where for x in (a, b) if isinstance(x, Cut)]
     where = functools.reduce(jnp.logical_and, open_at)
     number = times(*(x.number if isinstance(x, Cut) else x for x in (a, b)))
-    return Cut(where, number if isinstance(number, float) else jnp.where(where, number, 0.0))
+    return Cut(where, number if isinstance(number, float) else _where(where, number))
 
 
 def scaled(coefficient: Coefficient, x: Any) -> Any:
@@ -430,8 +460,33 @@ def scaled(coefficient: Coefficient, x: Any) -> Any:
     if coefficient is None or x is None:
         return None
     if isinstance(coefficient, Cut):
-        return jnp.where(coefficient.where, times(coefficient.number, x), 0.0)
+        return _where(coefficient.where, times(coefficient.number, x))
     return times(coefficient, x)
+
+
+def _where(where: Any, x: Any) -> Any:
+    """``x`` where it says so, else 0: ``jnp.where`` traces a call."""
+    shape = np.broadcast_shapes(where.shape, x.shape)
+    where, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (where, x))
+    return lax.select(where, x, lax.full_like(x, 0))
+
+
+def squared(d: Coefficient, x: Any) -> Any:
+    """``d^2 x``."""
+    if x is None or isinstance(d, float):
+        return scaled(d * d, x) if x is not None else None
+    if isinstance(d, Cut):
+        return _where(d.where, squared(d.number, x))
+    return times(d, times(d, x))
+
+
+def doubled(d: Coefficient, e: Coefficient, x: Any) -> Any:
+    """``2 d e x``."""
+    number = 2.0 * math.prod(c for c in (d, e) if isinstance(c, float))
+    for c in (d, e):
+        if not isinstance(c, float):
+            x = scaled(c, x)
+    return scaled(number, x)
 
 
 def plus(a: Coefficient, b: Coefficient) -> Coefficient:

@@ -6,7 +6,7 @@ from jax import nn
 
 import hesscale_jax as hs
 from hesscale_jax._jaxpr import flatten, trace
-from hesscale_jax.blocks import plan
+from hesscale_jax.blocks import PART, WHOLE, plan
 from hesscale_jax.rules.table import find
 
 
@@ -80,3 +80,23 @@ def test_a_broadcast_lies_as_the_value_that_it_meets():
         return mean * sine * mean * jnp.broadcast_to(sine, mean.shape)
 
     assert len(blocks(fun, normal(2, 3, 2), normal(1, 1, 1))) == 1
+
+
+def test_a_long_block_is_cut_where_one_value_goes_on():
+    def steps(x, count):
+        for _ in range(count):
+            x = x - nn.softmax(x)
+        return x
+
+    (whole,) = blocks(lambda x: steps(x, WHOLE), normal(4, 6))
+    found = blocks(lambda x: steps(x, WHOLE + 1), normal(4, 6))
+    assert [names.count("reduce_sum") for names in found] == [PART, PART, WHOLE + 1 - 2 * PART]
+    assert all(names[-1] == "sub" for names in (whole, *found))
+    assert len({tuple(names) for names in found[:2]}) == 1
+
+
+def test_reductions_that_share_nothing_do_not_make_a_block_long():
+    def norm(*xs):
+        return jnp.sqrt(sum(jnp.sum(jnp.sin(x) ** 2) for x in xs))
+
+    assert len(blocks(norm, *[normal(5)] * 3 * WHOLE)) == 1

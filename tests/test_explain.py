@@ -14,9 +14,11 @@ import programs
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Struct
+from jax import nn
 
 import hesscale_jax as hs
 from benchmarks import models
+from hesscale_jax.blocks import PART, WHOLE
 from hesscale_jax.report import Group, folded, source
 
 
@@ -446,3 +448,15 @@ def test_errors_are_those_of_hesscale():
         hs.explain(jnp.sum)(Struct((3,), jnp.int32))
     with pytest.raises(TypeError, match="scalar"):
         hs.explain(jnp.sin)(array(3))
+
+
+def test_a_block_that_is_cut_short_says_so_and_drops_terms():
+    def loss(x, steps):
+        for _ in range(steps):
+            x = x - nn.softmax(x)
+        return jnp.sum(x**2)
+
+    whole, cut = (hs.explain(loss)(array(4, 6), steps=steps) for steps in (WHOLE, 2 * WHOLE))
+    assert "No off-diagonal terms" in str(whole)
+    assert [step.marks for step in cut.steps] == [("cut short",)] * -(-2 * WHOLE // PART) + [()]
+    assert re.search(r"something not affine follows: \d block", str(cut))

@@ -106,10 +106,11 @@ def _select(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[
 def _integer_pow(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
     """``y = x^n``: n x^(n-1) and n (n-1) x^(n-2)."""
     (x,), n = operands, eqn.params["y"]
-    slope = 0.0 if n == 0 else n * lax.integer_pow(x, n - 1)
     if n in (0, 1):
-        return {0: slope}, {}
-    return {0: slope}, {(0, 0): n * (n - 1) * lax.integer_pow(x, n - 2)}
+        return {0: float(n)}, {}
+    if n == 2:
+        return {0: 2 * x}, {(0, 0): 2.0}
+    return {0: n * lax.integer_pow(x, n - 1)}, {(0, 0): n * (n - 1) * lax.integer_pow(x, n - 2)}
 
 
 def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
@@ -147,11 +148,14 @@ def _erf(x: Any, y: Any) -> tuple[Any, Any]:
     return slope, -2 * x * slope
 
 
+def _extremum(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    return {i: share(operands[i], operands[1 - i], y) for i in positions}, {}
+
+
 def share(a: Any, b: Any, y: Any) -> Any:
     """The slope of ``max`` or ``min`` in ``a``: 1 where it was taken, 1/2 in a tie."""
-    one = lax.full_like(y, 1)
-    taken = jnp.where(a == y, one, lax.full_like(y, 0))
-    return jnp.where((a == y) & (b == y), one / 2, taken)
+    zero, half, one = (lax.full_like(y, x) for x in (0, 0.5, 1))
+    return lax.select(a == y, lax.select(b == y, half, one), zero)
 
 
 def _clamp(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
@@ -185,4 +189,4 @@ erf = unary(_erf)
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
 div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
-extremum = dataclasses.replace(binary(lambda a, b, y: (share(a, b, y), share(b, a, y))), cuts=True)
+extremum = Pointwise(_extremum, cuts=True)

@@ -1,0 +1,156 @@
+"""How much longer than the gradient's program ours is: no more so, the longer the loss is.
+
+A block writes out the covariance of each pair of what it takes in. The programs here are loops that
+Python unrolled.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import normal
+from jax import nn
+
+import hesscale_jax as hs
+from hesscale_jax.blocks import WHOLE
+
+# One step of a state x, y, and p, which is read at every step
+
+
+def softmax(x, y, p):
+    return x - 0.1 * nn.softmax(x), y
+
+
+def two_softmaxes(x, y, p):
+    return x - 0.1 * nn.softmax(y), y + 0.2 * nn.softmax(x)
+
+
+def layer_norm(x, y, p):
+    centred = x - x.mean(-1, keepdims=True)
+    scale = jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return x + 0.5 * jnp.tanh(p[:1] * centred / scale + p[1:2]), y
+
+
+def standardise(x, y, p):
+    return x + jnp.sin(nn.standardize(x)), y
+
+
+def rms_norm(x, y, p):
+    return nn.gelu(x / jnp.sqrt((x**2).mean(-1, keepdims=True))), y
+
+
+def sinkhorn(x, y, p):
+    x = x - nn.logsumexp(x, 0, keepdims=True)
+    return x - nn.logsumexp(x, 1, keepdims=True), y
+
+
+def adagrad(x, y, p):
+    slope = nn.softmax(x) + x
+    y = 0.9 * y + slope**2
+    return x - 0.1 * slope / (jnp.sqrt(y) + 0.1), y
+
+
+def mirror_descent(x, y, p):
+    weights = nn.softmax(x)
+    return x - 0.3 * (weights * p + jnp.log(weights)), y
+
+
+def gradient_descent(x, y, p):
+    return x - 0.1 * jax.grad(lambda x: jnp.log1p(jnp.sum((x - p) ** 2)))(x), y
+
+
+def sum_of_softmaxes(x, y, p):
+    return 1.1 * x, y + nn.softmax(x)
+
+
+def pointwise(x, y, p):
+    return x + 0.1 * jnp.tanh(y * p), y - 0.1 * jnp.sin(x)
+
+
+def new_parameters(x, y, p):
+    return x, jnp.tanh(y * p[0, 0] + p[1:2])
+
+
+STEPS = [softmax, two_softmaxes, layer_norm, standardise, rms_norm, sinkhorn, adagrad]
+STEPS += [mirror_descent, gradient_descent, sum_of_softmaxes, pointwise, new_parameters]
+
+
+def unrolled(step, count):
+    """A loss of so many steps; each reads parameters of its own, or all the same."""
+
+    def loss(x, y, p):
+        y = y - y.mean(-1, keepdims=True)
+        for i in range(count):
+            x, y = step(x, y, p[i % len(p)])
+        return jnp.sum(x**2 + x * y)
+
+    return loss
+
+
+def state(parameters=1):
+    return normal(4, 8), normal(4, 8, seed=1), [normal(4, 8, seed=i) for i in range(parameters)]
+
+
+def size(function, *args):
+    """The equations of a program, those of the programs that it runs too."""
+
+    def count(jaxpr):
+        inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns])
+        bodies = (getattr(x, "jaxpr", x) for x in inner)
+        return len(jaxpr.eqns) + sum(count(body) for body in bodies if hasattr(body, "eqns"))
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_a_long_loss_s_program_grows_as_its_gradient_s(step):
+    sizes = []
+    for count in (12, 24):
+        loss, args = unrolled(step, count), state(count if step is new_parameters else 1)
+        sizes.append([size(f(loss, (0, 1, 2)), *args) for f in (hs.hesscale, jax.grad)])
+    (short, first), (long, last) = sizes
+    assert long <= 4 * last
+    # Per equation of the gradient's, the second half takes hardly more than the first.
+    assert (long - short) / (last - first) <= 1.15 * short / first
+
+
+def test_a_block_of_few_reductions_is_exact():
+    args = state()
+    loss = unrolled(softmax, WHOLE)
+    found = jax.jit(hs.hesscale(loss))(*args)[1]
+    exact = jax.jit(jax.hessian(loss))(*args).reshape(32, 32)
+    np.testing.assert_allclose(found.ravel(), np.diag(exact), rtol=1e-9)
+
+
+@pytest.mark.parametrize("step", [softmax, layer_norm, two_softmaxes], ids=lambda f: f.__name__)
+def test_of_a_block_of_more_the_parts_are_exact(step):
+    x, y, (p,) = state()
+    oracle.check(lambda x, y, p: unrolled(step, WHOLE + 1)(x, y, [p]), x, y, p)
+
+
+def test_a_deep_chain_in_and_out_of_checkpoint_is_not_walked_path_by_path():
+    def loss(x, y):
+        def chain(x, y):
+            for _ in range(40):
+                x, y = jnp.sin(x * y), jnp.tanh(x - y)
+            return x, y
+
+        x, y = jax.checkpoint(chain)(x - x.mean(-1, keepdims=True), nn.softmax(y))
+        return jnp.sum(x * y)
+
+    x, y, _ = state()
+    assert size(hs.hesscale(loss, (0, 1)), x, y) < 6 * size(jax.grad(loss, (0, 1)), x, y)
+
+
+def test_a_block_may_be_deeper_than_python_s_stack():
+    c = normal(2, 3, seed=1)
+
+    def loss(x):
+        mean = y = x.mean(-1, keepdims=True)
+        for _ in range(400):
+            y = c * y + 0.01 * x - 0.1 * mean
+        return jnp.sum(jnp.sin(y))
+
+    x = normal(2, 3)
+    assert size(hs.hesscale(loss), x) < 6 * size(jax.grad(loss), x)
