@@ -12,6 +12,11 @@ Equations that feed each other at one level are one block. Levels keep a residua
 growing into a single block: in ``x + f(x)`` the sum starts anew, because ``f(x)`` is later. A block
 of many reductions, as an unrolled loop makes one, is cut into parts.
 
+Operands from blocks that cannot be merged, for they reduce over other axes, are cut off where that
+is free. Entries of a value are bound to one another by a reduction of its block over an axis that
+they lie along; others leave the block clean. A result joins the blocks of its bound operands,
+also of a lower level if nothing would come before itself, and reads the rest as sources.
+
 A block has one *frame*, a shape in row-major order in which every value of the block has its place.
 A dimension of a value occupies a *span* ``(lo, hi)`` of it: ``lo`` entries of the frame's shape
 multiplied before the dimension, ``hi`` with it. A dimension of size 1 occupies nothing, ``(1, 1)``.
@@ -24,6 +29,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -118,11 +124,31 @@ class Block:
         """Whether the value has as many entries as the frame."""
         return size(value.sizes) == self.entries
 
-    def absorb(self, other: "Block", move: Callable[[Span], Span]) -> None:
-        """Take over another block, each span of whose frame is moved to one of this one's."""
-        spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
-        reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        self.place(spans, reduced, itertools.chain(*map(move, other._axes())))
+    def leaves_clean(self, value: Value) -> bool:
+        """Whether the reductions so far run over groups of which a value has one entry each."""
+        return not any(
+            max(lo, start) < min(hi, end)
+            for lo, hi in self.spans[value]
+            for start, end in self._reduced or ()
+        )
+
+    def absorb(
+        self, others: dict["Block", Callable[[Span], Span]], placed: dict[Value, Spans]
+    ) -> None:
+        """Take over blocks, each span of whose frames is moved to one of this one's, and values."""
+        placed, reduced, bounds = dict(placed), self._reduced, set[int]()
+        for other, move in others.items():
+            for value, spans in other.spans.items():
+                moved = tuple(map(move, spans))
+                if placed.setdefault(value, moved) != moved:
+                    raise DoesNotFit
+            if other._reduced is not None:
+                found = merged(map(move, other._reduced))
+                if reduced not in (None, found):
+                    raise DoesNotFit
+                reduced = found
+            bounds.update(itertools.chain(*map(move, other._axes())))
+        self.place(placed, reduced, bounds)
 
 
 def _inside(axis: Span, spans: Iterable[Span]) -> bool:
@@ -339,39 +365,43 @@ def _moving(
         moves |= more
 
 
+Unit = Block | Equation
+
+
 class _Grouping:
-    """Walks the equations in program order and puts each into a block, if it belongs in one."""
+    """Walks the equations in program order and puts each into a block, if it belongs in one.
+
+    A *unit* is a block, or an equation in none. No unit may come before itself.
+    """
 
     def __init__(self, active: frozenset[Value]) -> None:
         self._active = active
         self._level: dict[Value, int] = {}
-        self._home: dict[Value, Block] = {}  # the block that makes a value
-        self._into: dict[Block, Block] = {}  # absorbed blocks
+        self._maker: dict[Value, Unit] = {}
+        self._reducing: set[Value] = set()  # values that depend on a reduction in their block
+        self._into: dict[Unit, Block] = {}  # absorbed blocks
+        self._before: dict[Unit, set[Unit]] = {}  # what made the values that a unit reads
+        self._levels: dict[Unit, tuple[int, int]] = {}  # the lowest and the highest of its values
+        self._lowest = sys.maxsize  # the lowest level in a block that has several
 
     def run(self, rules: dict[Equation, Any]) -> dict[Equation, Block]:
-        member = {}
         for eqn, rule in rules.items():
             operands = [v for v in eqn.inputs if v in self._active]
             level = max(self._level.get(v, 0) for v in operands)
             block = None
             if isinstance(rule, Pointwise | Reduction | View | Join):
-                try:
-                    block = self._join(eqn, rule, operands, level)
-                except DoesNotFit:
+                block = self._joined(eqn, rule, operands, level)
+                if block is None:
                     level += 1
                     if isinstance(rule, Pointwise | Reduction):
-                        block = self._join(eqn, rule, operands, level)
+                        block = self._join(eqn, rule, operands, {})
             else:
                 level += 1
-            for value in eqn.outputs:
-                self._level[value] = level
-                if block is not None:
-                    self._home[value] = block
-            if block is not None:
-                member[eqn] = block
+            self._add(eqn, rule, operands, block or eqn, level)
         whole: dict[Block, list[Equation]] = {}
-        for eqn, block in member.items():
-            whole.setdefault(self._current(block), []).append(eqn)
+        for eqn in rules:
+            if isinstance(unit := self._made_by(eqn.outputs[0]), Block):
+                whole.setdefault(unit, []).append(eqn)
         return {
             eqn: part
             for block, equations in whole.items()
@@ -379,9 +409,47 @@ class _Grouping:
             for eqn in run
         }
 
-    def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
-        """Put an equation into the block of its operands, or raise ``DoesNotFit``."""
-        homes = {v: self._current(self._home[v]) for v in operands if self._is_made_at(v, level)}
+    def _add(self, eqn: Equation, rule: Any, operands: list[Value], unit: Unit, level: int) -> None:
+        """Take note of an equation in its unit."""
+        makers = {v: self._made_by(v) for v in operands}
+        before = {maker for maker in makers.values() if maker is not None} - {unit}
+        self._before.setdefault(unit, set()).update(before)
+        self._extend(unit, level, level)
+        if isinstance(rule, Reduction) or any(
+            v in self._reducing and makers[v] is unit for v in operands
+        ):
+            self._reducing.update(eqn.outputs)
+        for value in eqn.outputs:
+            self._level[value] = level
+            self._maker[value] = unit
+
+    def _extend(self, unit: Unit, low: int, high: int) -> None:
+        """Let a unit have values of these levels too."""
+        known = self._levels.get(unit, (low, high))
+        self._levels[unit] = low, high = min(known[0], low), max(known[1], high)
+        if low < high:
+            self._lowest = min(self._lowest, low)
+
+    def _joined(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block | None:
+        """The block that an equation joins, one of the same level first."""
+        made = {v: b for v in operands if isinstance(b := self._made_by(v), Block)}
+        here = {v: block for v, block in made.items() if self._level[v] == level}
+        # Whose entries share sources, by way of a reduction: cut off there, terms would be lost.
+        bound = {v: b for v, b in made.items() if v in self._reducing and not b.leaves_clean(v)}
+        choices = [here | bound, bound, here] if isinstance(rule, Pointwise) and bound else [here]
+        for i, homes in enumerate(choices):
+            if homes not in choices[:i]:
+                try:
+                    return self._join(eqn, rule, operands, homes)
+                except DoesNotFit:
+                    continue
+        return None
+
+    def _join(
+        self, eqn: Equation, rule: Any, operands: list[Value], homes: dict[Value, Block]
+    ) -> Block:
+        """Put an equation into one block with those of some operands, or raise ``DoesNotFit``."""
+        self._check_order(set(homes.values()), operands)
         (result,) = eqn.outputs
         if isinstance(rule, Pointwise):
             # The result lies where the operands of its shape do; one of a single entry, nowhere.
@@ -439,20 +507,43 @@ class _Grouping:
         moves = {home: _move(home, placed, values, entries) for home, values in parts.items()}
         in_place = [home for home, move in moves.items() if move is None]
         block = max(in_place, key=lambda home: len(home.spans), default=Block(entries))
-        for home, move in moves.items():
-            if home is not block:
-                block.absorb(home, move or (lambda span: span))
-                self._into[home] = block
-        block.place(placed | {result: spans})
+        others = {home: move or (lambda span: span) for home, move in moves.items()}
+        others.pop(block, None)
+        block.absorb(others, placed | {result: spans})
+        for home in others:
+            self._into[home] = block
+            self._before.setdefault(block, set()).update(self._before[home])
+            self._extend(block, *self._levels[home])
         return block
 
-    def _is_made_at(self, value: Value, level: int) -> bool:
-        return value in self._home and self._level[value] == level
+    def _check_order(self, homes: set[Block], operands: list[Value]) -> None:
+        """Raise if a block of these and of an equation with the operands came before itself."""
+        lowest = min((self._levels[home][0] for home in homes), default=0)
+        makers = map(self._made_by, operands)
+        ahead: set[Unit] = {unit for unit in makers if unit is not None and unit not in homes}
+        if len(homes) > 1:
+            ahead.update(*(self._made_before(home) - homes for home in homes))
+        seen: set[Unit] = set(homes)
+        while ahead:
+            unit = ahead.pop()
+            seen.add(unit)
+            # But for blocks of several levels, what is read is of no higher level.
+            if self._levels[unit][-1] >= min(lowest, self._lowest):
+                before = self._made_before(unit)
+                if not homes.isdisjoint(before):
+                    raise DoesNotFit
+                ahead |= before - seen
 
-    def _current(self, block: Block) -> Block:
-        while block in self._into:
-            block = self._into[block]
-        return block
+    def _made_before(self, unit: Unit) -> set[Unit]:
+        return set(map(self._current, self._before[unit])) - {unit}
+
+    def _made_by(self, value: Value) -> Unit | None:
+        return self._current(self._maker[value]) if value in self._maker else None
+
+    def _current(self, unit: Unit) -> Unit:
+        while unit in self._into:
+            unit = self._into[unit]
+        return unit
 
 
 # Blocks that are too long

@@ -1,6 +1,12 @@
 """Which equations form a block. That blocks are computed rightly is tested in test_rules.py."""
 
+import random
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
 from cases import normal
 from jax import nn
 
@@ -100,3 +106,94 @@ def test_reductions_that_share_nothing_do_not_make_a_block_long():
         return jnp.sqrt(sum(jnp.sum(jnp.sin(x) ** 2) for x in xs))
 
     assert len(blocks(norm, *[normal(5)] * 3 * WHOLE)) == 1
+
+
+OPERATIONS = [
+    lambda a, b: nn.softmax(a, axis=0),
+    lambda a, b: nn.softmax(a, axis=1),
+    lambda a, b: jnp.broadcast_to(a.sum(0)[:, None], a.shape),
+    lambda a, b: jnp.broadcast_to(a.sum(1)[:, None], a.shape),
+    lambda a, b: jnp.tanh(a),
+    lambda a, b: a @ b,
+    lambda a, b: a.T,
+    *[jnp.multiply, jnp.subtract] * 2,
+]
+
+
+def random_program(seed):
+    """Products, and functions of which some reduce over rows or over columns."""
+    rng = random.Random(seed)
+    steps = [rng.choice(OPERATIONS) for _ in range(rng.randint(4, 16))]
+
+    def fun(*values):
+        for step in steps:
+            values = (*values, step(*rng.choices(values[-6:], k=2)))
+        return sum(values)
+
+    return fun, [normal(3, 3, seed=i) for i in range(rng.randint(1, 4))]
+
+
+def first_of_a_block_and_last(x, y, w):
+    """Of each of two blocks, the other leads to a value that it might take in."""
+    first, second = nn.softmax(x), nn.softmax(y @ w @ w)
+    return first * jnp.tanh(second @ w) + second * (first @ w)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_block_comes_before_itself(seed):
+    fun, args = random_program(seed)
+    if not seed:
+        fun, args = first_of_a_block_and_last, [normal(3, 3, seed=i) for i in range(3)]
+    program = flatten(trace(fun, *args))
+    found = plan(program, program.inputs, program.outputs, lambda eqn: find(hs.RULES, eqn))
+    oracle.units(found)  # in order, or raises
+
+
+def test_what_is_clean_is_cut_off_and_not_what_shares_sources():
+    """Of a mixture's terms, the sums of squares have no common source, the weights have."""
+
+    def joint(weights, means, x):
+        return nn.log_softmax(weights)[None] - jnp.sum((x[:, None] - means[None]) ** 2, -1)
+
+    def fun(*args):
+        return nn.logsumexp(joint(*args), axis=-1)
+
+    found = blocks(fun, normal(3), normal(3, 2), normal(5, 2))
+    assert [names.count("reduce_sum") for names in found] == [2, 1]
+
+    # Also if they are not of one level, and wherever in the program the weights come.
+    def later(weights, means, x, w):
+        return nn.logsumexp(nn.log_softmax(weights)[None] - jnp.tanh(x @ w) @ means.T, axis=-1)
+
+    found = blocks(later, normal(3), normal(3, 2), normal(5, 2), normal(2, 2))
+    assert [names.count("reduce_sum") for names in found] == [2, 0]
+
+
+def test_what_leads_to_the_other_operand_is_not_joined():
+    def fun(x, w):
+        p = nn.softmax(x)
+        return nn.softmax(p + jnp.tanh(p @ w))
+
+    found = blocks(fun, normal(4, 3), normal(3, 3))
+    assert [names[-1] for names in found] == ["div", "div"]
+
+
+def test_a_leaf_s_diagonal_does_not_depend_on_what_else_is_differentiated():
+    x, w = normal(5, 2), normal(2, 3)
+
+    def mixture(weights, means):
+        misfit = jnp.sum((x[:, None] - means[None]) ** 2, -1)
+        return -nn.logsumexp(nn.log_softmax(weights)[None] - misfit, axis=-1).sum()
+
+    def experts(gates, v):
+        outputs = jnp.tanh(jnp.tanh(x @ w) @ v)
+        return jnp.sum(jnp.sum(nn.softmax(x @ gates) * outputs, -1) ** 2)
+
+    for loss, leaf, other in (
+        (mixture, normal(3), normal(3, 2)),
+        (experts, normal(2, 3), normal(3, 3)),
+    ):
+        hessian = jax.hessian(loss)(leaf, other).reshape(leaf.size, leaf.size)
+        alone, (both, _) = (hs.hesscale(loss, argnums)(leaf, other)[1] for argnums in (0, (0, 1)))
+        for found in (alone, both):
+            np.testing.assert_allclose(found.ravel(), jnp.diag(hessian), rtol=1e-9)
