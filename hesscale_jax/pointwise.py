@@ -17,7 +17,8 @@ For a reduction of ``u``, with ``D_l = du/dl`` and ``U_k = du/ds_k`` at its own 
 
     s = sum_i c_i u_i    w_s = c D + sum_k (sum_i c_i U_k) w_k,   shift_s = sum_i c_i shift_u
 
-and a value that leaves the block leaves with spread cov(v, v).
+and a value that leaves the block leaves with spread cov(v, v). Of sources that are images of one
+value and meet, c and w are those in that value's entries (:mod:`hesscale_jax.forms`).
 
 Most values need none of this written out: whatever is computed from one value alone, its *root*,
 has a slope ``dv/d(root)``, and ``cov(a, b) = slope_a slope_b cov(root_a, root_b)``. Sources,
@@ -39,6 +40,7 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Value, size
 from hesscale_jax.blocks import Block, Spans
+from hesscale_jax.forms import Factor, Form, Reader, covariance
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
 from hesscale_jax.rules.multilinear import total
@@ -62,9 +64,10 @@ class Local:
 
 @dataclasses.dataclass(eq=False)
 class Sum:
-    """A reduction, by its derivatives ``w`` in local roots."""
+    """A reduction, by its derivatives ``w`` in local roots, and the form that it has."""
 
     of_local: dict[Local, Coefficient]
+    form: Form
     depth: ClassVar[int] = 1
 
 
@@ -92,15 +95,29 @@ class Derived:
 class BlockArithmetic:
     """Processes the equations of one block, one at a time, in program order."""
 
-    def __init__(self, block: Block, spread_of: Callable[[Value], Any]) -> None:
-        """``spread_of`` gives the spread with which a value made elsewhere enters the block."""
+    def __init__(
+        self, block: Block, forms: dict[Value, Form], spread_of: Callable[[Any], Any], read: Any
+    ) -> None:
+        """Start a block.
+
+        Args:
+          block: The block.
+          forms: The forms, in its frame, of what it reads that is not independent.
+          spread_of: Gives the spread with which a value made elsewhere enters the block, or that
+            of a form's source.
+          read: Gives the primal of a value that a form is made of.
+        """
         self._block = block
         self._frame, self._reduced = block.frame, block.reduced
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
+        self._forms = forms
+        self._reader = Reader(read, self._dtype)
+        self._form_of: dict[Local, Form] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Value, Any] = {}  # of sources, in the frame
         self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
+        self._entrywise_covariances: dict[tuple[Any, Any], Any] = {}
         self._local_covariances: dict[tuple[Local, Local], Any] = {}
 
     # One equation
@@ -170,7 +187,10 @@ class BlockArithmetic:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
         root = v.root
-        own = self._local_cov(root, root) if isinstance(root, Local) else self._cov(root, root)
+        if isinstance(root, Local):
+            own = total(self._local_cov(root, root), self._formed(root, root))
+        else:
+            own = self._cov(root, root)
         return self._leave(scaled(v.slope, scaled(v.slope, own)), value)
 
     # Handing a block over from one trace to another
@@ -199,11 +219,14 @@ class BlockArithmetic:
         for value in values:
             self._derived.pop(value, None)
         self._covariances.clear()
+        self._entrywise_covariances.clear()
         self._local_covariances.clear()
 
     # Derivatives in roots, sources and sums
 
     def _read(self, value: Value) -> Derived:
+        if value in self._forms and value not in self._derived:
+            self._derived[value] = Derived(Local({value: 1.0}))
         if value not in self._derived:
             spread = self._spread_of(value)
             if spread is not None:
@@ -246,12 +269,17 @@ class BlockArithmetic:
     def _sum_of(self, root: Root, c: Coefficient) -> Sum:
         """``w = c D + sum_k (sum_i c_i U_k) w_k`` for a root ``u``."""
         w: dict[Local, Coefficient] = {}
+        form = Form(self._frame, {})
         for leaf, d in _leaves({root: c}).items():
             if isinstance(leaf, Local):
                 _add(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
+                part = self._times(self._form(leaf), d).summed(self._reduced)
             else:
-                _add(w, leaf.of_local, self._sum(d, self._reduced, missing=True))
-        return Sum(w)
+                d = self._sum(d, self._reduced, missing=True)
+                _add(w, leaf.of_local, d)
+                part = self._times(leaf.form, d)
+            form = form.plus(part)
+        return Sum(w, form)
 
     # Covariances: linear in the spreads of the sources
 
@@ -262,12 +290,25 @@ class BlockArithmetic:
         return self._covariances[a, b]
 
     def _covariance(self, a: Root | Sum, b: Root | Sum) -> Any:
-        if a.depth < b.depth:
+        if not isinstance(a, Mixed) or (isinstance(b, Mixed) and a.depth < b.depth):
             a, b = b, a
         if isinstance(a, Mixed):
             return self._mixed_cov(a, b)
+        assert not isinstance(b, Mixed)
+        return total(self._entrywise(a, b), self._formed(a, b))
+
+    def _entrywise(self, a: Local | Sum, b: Local | Sum) -> Any:
+        """What two roots share of sources that are independent, computed once as well."""
+        if (a, b) not in self._entrywise_covariances:
+            found = self._entrywise_covariance(a, b)
+            self._entrywise_covariances[a, b] = self._entrywise_covariances[b, a] = found
+        return self._entrywise_covariances[a, b]
+
+    def _entrywise_covariance(self, a: Local | Sum, b: Local | Sum) -> Any:
+        if a.depth < b.depth:
+            a, b = b, a
         if isinstance(a, Sum):
-            terms = (scaled(w, self._cov(x, b)) for x, w in a.of_local.items())
+            terms = (scaled(w, self._entrywise(x, b)) for x, w in a.of_local.items())
             if isinstance(b, Sum):
                 # Each term by itself: one of repeated sources is not there at every position.
                 terms = (self._sum(x, self._reduced) for x in terms)
@@ -297,6 +338,43 @@ class BlockArithmetic:
         pairs = itertools.combinations(a.parts.items(), 2)
         mixed = (scaled(d, scaled(e, self._cov(x, y))) for (x, d), (y, e) in pairs)
         return total(*squares, scaled(2.0, total(*mixed)))
+
+    # Forms
+
+    def _formed(self, a: Local | Sum, b: Local | Sum) -> Any:
+        """What two roots share of the sources of forms."""
+        one, other = (x.form if isinstance(x, Sum) else self._form(x) for x in (a, b))
+        terms = (
+            covariance(
+                one.of[source],
+                other.of[source],
+                self._spread_of(source),
+                self._frame,
+                self._reader,
+            )
+            for source in one.of
+            if source in other.of
+        )
+        return total(*terms)
+
+    def _form(self, local: Local) -> Form:
+        """The form of a local root."""
+        if local not in self._form_of:
+            form = Form(self._frame, {})
+            for value, d in local.of_source.items():
+                if value in self._forms:
+                    form = form.plus(self._times(Form(self._frame, self._forms[value].of), d))
+            self._form_of[local] = form
+        return self._form_of[local]
+
+    def _times(self, form: Form, coefficient: Coefficient) -> Form:
+        if not form.of or coefficient is None:
+            return Form(self._frame, {})
+        x = _number(coefficient)
+        if isinstance(x, float):
+            return form.times(x)
+        x = x if x.ndim else x.reshape((1,) * len(self._frame))
+        return form.times(Factor(x.shape, frozenset(), lambda read: x))
 
     # Between the shape of a value and the block's frame
 
