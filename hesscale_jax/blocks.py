@@ -431,6 +431,7 @@ class _Grouping:
         self._level: dict[Value, int] = {}
         self._home: dict[Value, Block] = {}  # the block that makes a value
         self._into: dict[Block, Block] = {}  # absorbed blocks
+        self._waiting: set[Value] = set()  # taken by ids, alone in a block that nothing reads yet
 
     def run(self, rules: dict[Equation, Any]) -> dict[Equation, Block]:
         member = {}
@@ -439,6 +440,9 @@ class _Grouping:
             level = max(self._level.get(v, 0) for v in operands)
             block = None
             if isinstance(rule, Pointwise | Reduction | View | Join) or eqn in self._segments:
+                for value in self._waiting.intersection(operands):
+                    self._waiting.remove(value)
+                    self._level[value] = level
                 try:
                     block = self._join(eqn, rule, operands, level)
                 except DoesNotFit:
@@ -453,6 +457,8 @@ class _Grouping:
                     self._home[value] = block
             if block is not None:
                 member[eqn] = block
+                if isinstance(rule, Take) and self._is_new(block):
+                    self._waiting.update(eqn.outputs)
         return {eqn: self._current(block) for eqn, block in member.items()}
 
     def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
@@ -546,6 +552,10 @@ class _Grouping:
                 self._into[home] = block
         block.place(placed | {result: spans})
         return block
+
+    def _is_new(self, block: Block) -> bool:
+        """Whether a block has a single equation."""
+        return len(block.spans) == 2
 
     def _is_made_at(self, value: Value, level: int) -> bool:
         return value in self._home and self._level[value] == level
