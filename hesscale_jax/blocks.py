@@ -28,6 +28,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, dimension, is_inexact, size
+from hesscale_jax.along import Along
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.selection import (
@@ -104,12 +105,15 @@ class Block:
         return tuple(i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ()))
 
     @property
-    def segments(self) -> tuple[int, Any] | None:
-        """The axis of the frame along which entries have segments, and how many those are."""
+    def along(self) -> Along | None:
+        """The axis of the frame along which entries have segments, if there is one."""
         if self._segments is None or self._segments.by is None:
             return None
-        (axis,) = (i for i, axis in enumerate(self._axes()) if _inside(axis, [self._segments]))
-        return axis, dimension(self._segments.by.ids.count)
+        axes = list(self._axes())
+        (axis,) = (i for i, each in enumerate(axes) if _inside(each, [self._segments]))
+        rest = self._segments.by.rest
+        batch = tuple(i for i, each in enumerate(axes) if _inside(each, rest))
+        return Along(axis, self.frame[axis], dimension(self._segments.by.ids.segments), batch)
 
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
@@ -170,8 +174,6 @@ class Block:
         """Take over another block, each span of whose frame is moved to one of this one's."""
         spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
         reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        if other._segments is None and any(span.by for span in reduced or ()):
-            raise DoesNotFit
         self.place(spans, reduced, _ends(map(move, other._axes())))
 
 
@@ -234,7 +236,7 @@ def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
         span = stretches.pop(0)
         lo, hi = span.lo, span.hi
         if span.by:
-            if n != span.by.ids.count:
+            if n != span.by.ids.segments:
                 raise DoesNotFit
             result.append(span)
             continue
@@ -275,14 +277,14 @@ def by_segments(spans: Spans, segments: Segmented) -> Spans:
         raise DoesNotFit
     rest = tuple(spans[i] for i in segments.along if i != axis)
     at = spans[axis]._replace(by=Segments(segments.ids, rest))
-    return (*spans[:axis], at if segments.ids.count > 1 else NOTHING, *spans[axis + 1 :])
+    return (*spans[:axis], at if segments.ids.segments > 1 else NOTHING, *spans[axis + 1 :])
 
 
 def _broadcast_dimensions(eqn: Equation, segments: Segmented | None) -> Sequence[int] | None:
     """The dimensions of the result of a broadcast, as that from a single segment is."""
     if eqn.name == "broadcast_in_dim":
         return tuple(eqn.params["broadcast_dimensions"])
-    if eqn.name == "gather" and segments is not None and segments.ids.count == 1:
+    if eqn.name == "gather" and segments is not None and segments.ids.segments == 1:
         return range(len(eqn.outputs[0].shape))
     return None
 
@@ -482,17 +484,17 @@ class _Grouping:
 
         (operand,) = set(operands)
         block = homes.get(operand) or Block(size(operand.sizes))
-        segments = self._segments.get(eqn)
-        dimensions = _broadcast_dimensions(eqn, segments)
+        dimensions = _broadcast_dimensions(eqn, self._segments.get(eqn))
         if isinstance(rule, Take) and dimensions is None:
-            return self._take(result, operand, segments, homes)
+            return self._take(result, operand, self._segments[eqn], homes)
         if dimensions is not None and block.fill(operand):
             return self._fill_frame(result, {operand: dimensions}, homes)
         spans = block.spans.get(operand, row_major(operand.sizes))
-        reduced = None
+        reduced: tuple[Span, ...] | None = None
         if isinstance(rule, Scatter):
-            made = by_segments(spans, segments)
-            reduced = merged([made[segments.axis] if segments.ids.count > 1 else spans[segments.axis]])
+            axis = self._segments[eqn].axis
+            made = by_segments(spans, self._segments[eqn])
+            reduced = (made[axis] if made[axis].by else spans[axis],)
         elif isinstance(rule, Reduction):
             axes = rule.axes(eqn)
             reduced = merged(spans[i] for i in axes) or None
@@ -509,19 +511,13 @@ class _Grouping:
     def _take(
         self, result: Value, operand: Value, segments: Segmented, homes: dict[Value, Block]
     ) -> Block:
-        """The block of what is taken by ids: that of a sum by them, or it fills the frame."""
+        """The block of what is taken by ids: that of a sum by them, or a new one."""
+        block = homes.get(operand) or Block(size(result.sizes))
+        made = row_major(result.sizes)
         if operand in homes:
-            block = homes[operand]
-            spans = block.spans[operand]
-            if spans[segments.axis].by:
-                made = tuple(Span(s.lo, s.hi) for s in spans)
-                if by_segments(made, segments) != spans:
-                    raise DoesNotFit
-                block.place({result: made})
-                return block
-        spans = row_major(result.sizes)
-        placed = {operand: by_segments(spans, segments)}
-        return self._merge(result, spans, placed, homes, size(result.sizes))
+            made = tuple(Span(span.lo, span.hi) for span in block.spans[operand])
+        block.place({operand: by_segments(made, segments), result: made})
+        return block
 
     def _fill_frame(
         self, result: Value, dimensions: dict[Value, Sequence[int]], homes: dict[Value, Block]
@@ -581,21 +577,17 @@ def _move(
     old, new = home.spans[full], placed[full]
 
     def move(span: Span) -> Span:
-        parts = []
-        for was, at in zip(old, new, strict=True):
-            lo, hi = max(span.lo, was.lo), min(span.hi, was.hi)
-            if at.by and lo < hi and (lo, hi) != was[:2]:
-                raise DoesNotFit
-            if lo < hi:
-                parts.append(at if at.by else Span(at.lo * lo // was.lo, at.lo * hi // was.lo))
+        parts = [
+            Span(at.lo * max(span.lo, was.lo) // was.lo, at.lo * min(span.hi, was.hi) // was.lo)
+            for was, at in zip(old, new, strict=True)
+            if max(span.lo, was.lo) < min(span.hi, was.hi)
+        ]
         stretches = merged(parts)
         if len(stretches) > 1:
             raise DoesNotFit
         moved = stretches[0] if stretches else NOTHING
         if span.by is None:
             return moved
-        if moved.by is not None:
-            raise DoesNotFit
         return moved._replace(by=span.by._replace(rest=tuple(map(move, span.by.rest))))
 
     if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):

@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value, size
+from hesscale_jax._jaxpr import Equation, Value, dimension, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
@@ -97,11 +97,11 @@ class BlockArithmetic:
         """``spread_of`` gives the spread with which a value made elsewhere enters the block."""
         self._block = block
         self._frame, self._reduced = block.frame, block.reduced
-        self._segments = block.segments
+        self._along = block.along
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
         self._derived: dict[Value, Derived] = {}
-        self._spreads: dict[Any, Any] = {}  # of sources, in the frame; and of the block, its ids
+        self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
         self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
         self._local_covariances: dict[tuple[Local, Local], Any] = {}
 
@@ -169,48 +169,59 @@ class BlockArithmetic:
         return Moments(_jaxpr.bind(eqn, x.primal), shift)
 
     def scatter(
-        self, eqn: Equation, rule: Scatter, operands: Sequence[Moments], how: Segmented
+        self, eqn: Equation, rule: Scatter, operands: Sequence[Moments], by: Segmented
     ) -> Moments:
-        """``s_j = x_j + sum_{id(k) = j} c_k u_k``; the derivative is cut where there is no such."""
+        """``s_j = x_j + sum_{id(k) = j} c_k u_k``."""
         (_, _, operand), (value,) = eqn.inputs, eqn.outputs
         primals = [x.primal for x in operands]
         s = _jaxpr.bind(eqn, *primals)
         (shift,) = push(eqn, primals, [x.shift for x in operands])
         spans = self._block.spans[operand]
-        reached = self._reached(primals[1], how, spans)
+        kept = self._kept(primals[1], by, spans)
         u = self._read(operand)
         weights = self._enter(_plain(rule.weights(eqn, primals, s)), spans)
-        c = times(reached, times(weights, u.slope))
-        any_reached = Cut(_number(self._sum(reached, self._reduced)) > 0)
-        self._derived[value] = Derived(_mixed({self._sum_of(u.root, c): any_reached}))
+        summed = self._sum_of(u.root, times(kept, times(weights, u.slope)))
+        self._derived[value] = Derived(_mixed({summed: self._reached(kept, by)}))
         return Moments(s, shift)
 
-    def take(self, eqn: Equation, operands: Sequence[Moments], how: Segmented) -> Moments:
-        """``y_k = x_id(k)``, cut where the id has no segment."""
+    def take(self, eqn: Equation, operands: Sequence[Moments], by: Segmented) -> Moments:
+        """``y_k = x_id(k)``, without a derivative where the id has no segment."""
         (operand, _), (value,) = eqn.inputs, eqn.outputs
         primals = [x.primal for x in operands]
         (shift,) = push(eqn, primals, [x.shift for x in operands])
-        reached = self._reached(primals[1], how, self._block.spans[value])
+        kept = self._kept(primals[1], by, self._block.spans[value])
         x = self._read(operand)
-        self._derived[value] = Derived(x.root, times(reached, x.slope))
+        slope = x.slope
+        if self._along is not None and not isinstance(slope, float):
+            slope = self._along.padded(self._along.of_entries(_number(slope)))
+        self._derived[value] = Derived(x.root, times(kept, slope) if by.drops else slope)
         return Moments(_jaxpr.bind(eqn, *primals), shift)
 
-    def _reached(self, indices: Any, how: Segmented, spans: Spans) -> Coefficient:
-        """Which of the entries at ``spans`` have a segment; notes the segment of each."""
-        index = lax.squeeze(indices, (indices.ndim - 1,))
-        index = lax.convert_element_type(index, jnp.promote_types(index.dtype, jnp.int32))
-        count = how.ids.count
-        kept = (index >= 0) & (index < count) if how.drops else jnp.ones(index.shape, bool)
-        kept = lax.expand_dims(kept, [i for i in range(len(spans)) if i not in how.along])
-        if self._segments is not None and self._block not in self._spreads:
-            if how.wraps:
-                index = jnp.where(index < 0, index + count, index)
-            view = self._block.view(tuple(spans[i] for i in how.along))
-            index = _reshaped(jnp.clip(index, 0, count - 1), view)
-            axis, count = self._segments
-            own = lax.broadcasted_iota(index.dtype, (*view[:axis], count, *view[axis+1:]), axis)
-            self._spreads[self._block] = lax.concatenate([index, own], axis)
-        return Cut(self._enter(kept, spans))
+    def _kept(self, indices: Any, by: Segmented, spans: Spans) -> Any:
+        """Which of the entries at ``spans`` have a segment: 1 or 0."""
+        if (self._block, by.wraps, by.drops) not in self._spreads:
+            ids = lax.squeeze(indices, (indices.ndim - 1,))
+            if ids.dtype.itemsize < 4:  # Small integers do not count up to any size.
+                ids = lax.convert_element_type(ids, jnp.int32)
+            count = dimension(by.ids.segments)
+            kept = (ids >= 0) & (ids < count) if by.drops else jnp.ones(ids.shape, bool)
+            along = tuple(spans[i] for i in by.along)
+            kept = lax.convert_element_type(kept, self._dtype)
+            self._spreads[self._block, by.wraps, by.drops] = self._enter(kept, along)
+            if self._along is not None and self._block not in self._spreads:
+                ids = jnp.where(ids < 0, ids + count, ids) if by.wraps else ids
+                ids = _reshaped(jnp.clip(ids, 0, count - 1), self._block.view(along))
+                self._spreads[self._block] = self._along.rows(ids)
+        return self._spreads[self._block, by.wraps, by.drops]
+
+    def _reached(self, kept: Any, by: Segmented) -> Coefficient:
+        """Where a segment has an entry, among those ``kept``."""
+        if self._along is None:
+            return 1.0
+        key = self._block, by.wraps, by.drops, "reached"
+        if key not in self._spreads:
+            self._spreads[key] = self._sum(kept, self._reduced) > 0
+        return Cut(self._spreads[key])
 
     def spread(self, value: Value) -> Any:
         """``cov(v, v)``: the spread with which the value leaves the block."""
@@ -229,8 +240,7 @@ class BlockArithmetic:
     def held(self, value: Value) -> Iterator[tuple[dict[Any, Any], Any]]:
         """Where the arrays are that the value's covariances are computed from: ``holder[key]``."""
         derived = self._derived[value]
-        if self._block in self._spreads:
-            yield self._spreads, self._block
+        yield from ((self._spreads, key) for key in self._spreads if not isinstance(key, Value))
         for holder, key in ((vars(derived), "slope"), *_held(derived.root)):
             x = holder[key]
             arrays = (
@@ -365,9 +375,11 @@ class BlockArithmetic:
             return coefficient
         occupied = tuple(s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
         x = _reshaped(coefficient, self._view(occupied))
-        if self._segments is None:
+        if self._along is None:
             return x
-        return self._taken(x) if _is_by_segments(occupied) else self._padded(x)
+        if _is_by_segments(occupied):
+            return self._along.taken(x, self._spreads[self._block])
+        return self._along.padded(x)
 
     def _leave(self, array: Any, value: Value) -> Any:
         """The reverse of ``_enter`` for an array: in the value's shape and spread dtype."""
@@ -375,18 +387,19 @@ class BlockArithmetic:
             return None
         spans = self._block.spans[value]
         view = self._view(spans)
-        if self._segments is not None:
-            array = self._part_of(array, _is_by_segments(spans))
+        if self._along is not None:
+            along = self._along
+            part = along.of_segments if _is_by_segments(spans) else along.of_entries
+            array = part(array)
         array = array if array.shape == view else jnp.broadcast_to(array, view)
         return lax.convert_element_type(_reshaped(array, value.shape), spread_dtype(value.dtype))
 
     def _view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array at ``spans``, with the segments' axis if by them."""
         view = self._block.view(spans)
-        if self._segments is None or not _is_by_segments(spans):
+        if self._along is None or not _is_by_segments(spans):
             return view
-        axis, count = self._segments
-        return (*view[:axis], count, *view[axis + 1 :])
+        return self._along.with_length(self._along.segments, view)
 
     def _sum(self, x: Coefficient, axes: Sequence[int], missing: bool = False) -> Coefficient:
         """The sum over axes of the frame, which stay with size 1.
@@ -397,8 +410,10 @@ class BlockArithmetic:
         if x is None or not axes:
             return x
         x = _number(x)
-        if self._segments is not None and self._segments[0] in axes:
-            return self._sum_by_segments(x)
+        if self._along is not None and self._along.axis in axes:
+            rows = self._spreads[self._block]
+            x = lax.convert_element_type(x, self._dtype)
+            return self._along.taken(self._along.added(x, rows), rows)
         present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
@@ -408,51 +423,6 @@ class BlockArithmetic:
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
         return times(_jaxpr.number(absent, self._dtype), x) if missing else x
-
-
-    # Along the axis of segments lie the entries, which have ids, and then one entry for each segment
-
-    def _padded(self, x: Any) -> Any:
-        """What each entry has, with nothing for the segments."""
-        axis, count = self._segments
-        if x.shape[axis] == 1:
-            return x
-        return lax.pad(x, np.zeros((), x.dtype), [(0, count * (i == axis), 0) for i in range(x.ndim)])
-
-    def _part_of(self, x: Any, by_segments: bool) -> Any:
-        """What the segments have, or else what each entry has."""
-        axis, _ = self._segments
-        if not jnp.ndim(x) or x.shape[axis] == 1:
-            return x
-        n = self._frame[axis]
-        return lax.slice_in_dim(x, n if by_segments else 0, None if by_segments else n, axis=axis)
-
-    def _taken(self, x: Any) -> Any:
-        """What the segments have, for each entry and each segment: linear in it."""
-        axis, _ = self._segments
-        index = self._spreads[self._block]
-        batch = [i for i, n in enumerate(index.shape) if n != 1 and i != axis]
-        along = sorted((*batch, axis))
-        x = jnp.broadcast_to(x, [index.shape[i] if i in batch else n for i, n in enumerate(x.shape)])
-        rows = lax.expand_dims(lax.squeeze(index, [i for i in range(x.ndim) if i not in along]), (len(along),))
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(i for i in range(x.ndim) if i not in along),
-            collapsed_slice_dims=(axis,),
-            start_index_map=(axis,),
-            operand_batching_dims=tuple(batch),
-            start_indices_batching_dims=tuple(map(along.index, batch)),
-        )
-        sizes = [1 if i in along else n for i, n in enumerate(x.shape)]
-        return lax.gather(x, rows, numbers, sizes, mode="promise_in_bounds")
-
-    def _sum_by_segments(self, x: Any) -> Any:
-        """The sums over the entries of each segment, for each entry and each segment."""
-        axis, count = self._segments
-        shape = jnp.broadcast_shapes(jnp.shape(x), self._spreads[self._block].shape)
-        x = jnp.broadcast_to(lax.convert_element_type(x, self._dtype), shape)
-        sums = jax.ShapeDtypeStruct((*shape[:axis], count, *shape[axis + 1 :]), self._dtype)
-        (sums,) = jax.linear_transpose(self._taken, sums)(x)
-        return self._taken(sums)
 
 
 def _is_by_segments(spans: Spans) -> bool:

@@ -1,10 +1,12 @@
 """Which scatters and gathers undo each other: pure graph analysis, no arithmetic.
 
-``s_j = sum_{id(k) = j} u_k`` is a scatter, and ``y_k = s_id(k)`` a gather. Where a program takes what
-it has summed back by the same ids, they are the reduction and the broadcast of a softmax or a
-normalisation over segments, and belong to blocks as ``reduce_sum`` and ``broadcast_in_dim`` do.
+``s_j = sum_{id(k) = j} u_k`` is a scatter, and ``y_k = s_id(k)`` a gather. Where a program takes
+what it has added up back by the same ids, or two such sums meet, they are the reduction and the
+broadcast of a softmax or a normalisation over segments, and belong to blocks as ``reduce_sum`` and
+``broadcast_in_dim`` do.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,17 +25,19 @@ __all__ = ["Ids", "Segmented", "segmented"]
 # What changes the shape or the dtype of ids: of equally many entries, their order stays.
 SAME_IDS = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"})
 
+CLIP, FILL = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.FILL_OR_DROP
+
 
 class Ids(NamedTuple):
     """The segment of each entry, however it is written.
 
     Attributes:
       root: What it is computed from.
-      count: The number of segments.
+      segments: How many there are.
     """
 
     root: Any
-    count: int
+    segments: int
 
 
 class Segmented(NamedTuple):
@@ -61,7 +65,7 @@ class Segmented(NamedTuple):
 def segmented(
     program: Program, rules: Mapping[Equation, Any], active: Container[Value]
 ) -> dict[Equation, Segmented]:
-    """The scatters and gathers on a path by ids by which the sum of a scatter is taken back."""
+    """The scatters and gathers on a path by ids by which a sum is taken back, or meets another."""
     candidates = [
         eqn
         for eqn, rule in rules.items()
@@ -70,50 +74,49 @@ def segmented(
     if not any(isinstance(rules[eqn], Scatter) for eqn in candidates):
         return {}
     found = _by_ids(program, candidates)
-    back = _taken_back(rules, found)
-    return {eqn: each for eqn, each in found.items() if each.ids in back}
+    meeting = _meeting(rules, found)
+    return {eqn: each for eqn, each in found.items() if each.ids in meeting}
 
 
-def _taken_back(rules: Mapping[Equation, Any], found: dict[Equation, Segmented]) -> set[Ids]:
-    """The ids by which what a scatter makes is gathered, pointwise functions of it included."""
-    back = set()
-    summed: dict[Any, frozenset[Ids]] = {}  # by which ids a value is
+def _meeting(rules: Mapping[Equation, Any], found: dict[Equation, Segmented]) -> set[Ids]:
+    """The ids of sums that are taken back, or that meet another sum by them."""
+    meeting: set[Ids] = set()
+    sums: dict[Any, frozenset[Equation]] = {}  # that a value is a pointwise function of
     for eqn, rule in rules.items():
-        read = frozenset[Ids]().union(*(summed.get(v, ()) for v in eqn.inputs))
-        if eqn in found and isinstance(rule, Scatter):
-            read = frozenset([found[eqn].ids])
-        elif eqn in found and found[eqn].ids in read:
-            back.add(found[eqn].ids)
+        read = frozenset[Equation]().union(*(sums.get(v, ()) for v in eqn.inputs))
+        ids = [found[each].ids for each in read]
+        if isinstance(rule, Scatter):
+            read = frozenset([eqn] if eqn in found else [])
+        elif eqn in found:
+            meeting.update(each for each in ids if each == found[eqn].ids)
+        elif isinstance(rule, Pointwise):
+            meeting.update(each for each, count in Counter(ids).items() if count > 1)
         if isinstance(rule, Pointwise | View | Join | Scatter):
-            summed.update(dict.fromkeys(eqn.outputs, read))
-    return back
+            sums.update(dict.fromkeys(eqn.outputs, read))
+    return meeting
 
 
 def _by_ids(program: Program, candidates: Iterable[Equation]) -> dict[Equation, Segmented]:
-    """What those of the candidates are that go by segments, as to each other."""
+    """Those of the candidates that go by segments, and how."""
     written = _Written(program)
     found: dict[Equation, Segmented] = {}
+    from_end = set()  # ids of which negative ones are replaced where something is taken or added
     for eqn in candidates:
         axes = _axes(eqn)
-        if axes is not None:
-            axis, along = axes
-            count = _jaxpr.sizes(eqn.inputs[0].shape)[axis]
-            root, wrapped = written.root(eqn.inputs[1], count)
-            clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
-            fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-            drops = not clips and (fills or eqn.name != "gather")
-            found[eqn] = Segmented(Ids(root, count), axis, along, not wrapped, drops)
-    # What a negative id is has to be the same for all.
-    from_end = {each.ids for each in found.values() if not each.wraps}
-    return {
-        eqn: each._replace(wraps=each.wraps and each.ids in from_end)
-        for eqn, each in found.items()
-        if not (
-            each.wraps
-            and each.ids in from_end
-            and eqn.params["mode"] == lax.GatherScatterMode.CLIP
-        )
-    }
+        if axes is None:
+            continue
+        segments = _jaxpr.sizes(eqn.inputs[0].shape)[axes[0]]
+        root, replaced = written.root(eqn.inputs[1], segments)
+        ids, mode = Ids(root, segments), eqn.params["mode"]
+        if replaced:
+            from_end.add(ids)
+        drops = mode == FILL or (mode != CLIP and eqn.name != "gather")
+        found[eqn] = Segmented(ids, *axes, wraps=not replaced, drops=drops)
+    for eqn, each in list(found.items()):
+        found[eqn] = each._replace(wraps=each.wraps and each.ids in from_end)
+        if found[eqn].wraps and eqn.params["mode"] == CLIP:
+            del found[eqn]  # A negative id is the first segment here, and another one elsewhere.
+    return found
 
 
 def _axes(eqn: Equation) -> tuple[int, tuple[int, ...]] | None:
@@ -126,10 +129,8 @@ def _axes(eqn: Equation) -> tuple[int, tuple[int, ...]] | None:
     else:
         whole, _, entries = eqn.inputs
         window, single = numbers.update_window_dims, numbers.inserted_window_dims
-        columns, batch = (
-            numbers.scatter_dims_to_operand_dims,
-            numbers.scatter_indices_batching_dims,
-        )
+        columns = numbers.scatter_dims_to_operand_dims
+        batch = numbers.scatter_indices_batching_dims
     if len(columns) != 1 or tuple(columns) != tuple(single):
         return None
     paired = dict(zip(batch, numbers.operand_batching_dims, strict=True))
@@ -164,9 +165,11 @@ class _Written:
         return self._key(ids), wrapped
 
     def _is_same(self, before: Value | Constant, ids: Value | Constant) -> bool:
-        dtypes = [np.dtype(_dtype(v)) for v in (before, ids)]
-        wide = all(d.kind in "iu" and d.itemsize >= 4 for d in dtypes) or dtypes[0] == dtypes[1]
-        return wide and size(_jaxpr.sizes(before.shape)) == size(_jaxpr.sizes(ids.shape))
+        """Whether a change of shape or dtype leaves as many entries, and what they are."""
+        old, new = (np.dtype(_dtype(v)) for v in (before, ids))
+        large = all(d.kind in "iu" and d.itemsize >= 4 for d in (old, new))
+        old_size, new_size = (size(_jaxpr.sizes(v.shape)) for v in (before, ids))
+        return (large or np.can_cast(old, new)) and old_size == new_size
 
     def _wrapped(self, eqn: Equation, count: int) -> Any:
         """``ids`` of ``where(ids < 0, ids + count, ids)``; ``None`` if an equation is another."""

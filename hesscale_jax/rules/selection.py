@@ -97,7 +97,7 @@ class ScatterExtremum(Scatter):
     def weights(self, eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
         """``c = 1 / n`` for those that tie, else 0."""
         n, ties, taken = self._ties(eqn, primals, y)
-        return ties / taken(jnp.maximum(n, 1))
+        return ties * taken(1 / jnp.maximum(n, 1))
 
     def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
         """``vy = J vx / n``."""
