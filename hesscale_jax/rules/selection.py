@@ -64,11 +64,14 @@ class Selection:
 
 
 class Take(Selection):
-    """``y_k = x_id(k)``: where scatters by the same ids are, it may stand in a block with them."""
+    """``y_k = x_id(k)``: with a sum by the same ids, it may stand in a block."""
 
 
 class Scatter(Selection):
-    """``y_j = x_j + sum_{id(k) = j} c_k u_k``, which may stand in a block as a reduction does."""
+    """``dy = J dx, vy = J vx``; with what takes it back by the same ids, a reduction in a block.
+
+    There ``y_j = x_j + sum_{id(k) = j} c_k u_k``.
+    """
 
     def weights(self, eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
         """``c``, in the updates' shape, or a number: of those that are not dropped."""
