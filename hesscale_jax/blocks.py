@@ -16,6 +16,10 @@ A dimension of a value occupies a *span* ``(lo, hi)`` of it: ``lo`` entries of t
 multiplied before the dimension, ``hi`` with it. A dimension of size 1 occupies nothing, ``(1, 1)``.
 So reshapes, reduced values and implicit broadcasts are all read off the spans, and a block is at
 odds with itself when two equations put one value at different spans, or when two spans overlap.
+
+What has an entry for each segment of :mod:`hesscale_jax.segments`, instead of one for each id, lies
+at the span of the ids ``by`` segments, and a sum by segments is a reduction of that span. A block
+has one such span at most.
 """
 
 import dataclasses
@@ -24,16 +28,45 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, dimension, is_inexact, size
+from hesscale_jax.along import Along
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
-from hesscale_jax.rules.selection import Join, PiecewiseConstant, Reduction, View
+from hesscale_jax.rules.selection import (
+    Join,
+    PiecewiseConstant,
+    Reduction,
+    Scatter,
+    Take,
+    View,
+)
+from hesscale_jax.segments import Ids, Segmented, segmented
 
 __all__ = ["Block", "Loop", "Plan", "loop", "plan"]
 
-Span = tuple[int, int]
+
+class Segments(NamedTuple):
+    """What lies at a span by segments.
+
+    Attributes:
+      ids: The segment of each entry of the span.
+      rest: The other spans along which the ids differ.
+    """
+
+    ids: Ids
+    rest: "Spans"
+
+
+class Span(NamedTuple):
+    """A stretch of the frame; by segments, if there are an entry for each of those instead."""
+
+    lo: int
+    hi: int
+    by: Segments | None = None
+
+
 Spans = tuple[Span, ...]  # one per dimension of a value
 
-NOTHING: Span = (1, 1)
+NOTHING = Span(1, 1)
 
 
 class DoesNotFit(Exception):
@@ -51,6 +84,7 @@ class Block:
         self.spans: dict[Value, Spans] = {}
         self._of_shape: dict[tuple[int, ...], dict[Spans, None]] = {}
         self._reduced: tuple[Span, ...] | None = None
+        self._segments: Span | None = None
         self._bounds = sorted({1, entries})
 
     @property
@@ -63,21 +97,32 @@ class Block:
     @property
     def frame(self) -> tuple[int, ...]:
         """The sizes of the frame's axes: the coarsest shape that every value is a view of."""
-        return tuple(dimension(hi // lo) for lo, hi in self._axes())
+        return tuple(dimension(axis.hi // axis.lo) for axis in self._axes())
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes of the frame that the block's reductions run over."""
         return tuple(i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ()))
 
+    @property
+    def along(self) -> Along | None:
+        """The axis of the frame along which entries have segments, if there is one."""
+        if self._segments is None or self._segments.by is None:
+            return None
+        axes = list(self._axes())
+        (axis,) = (i for i, each in enumerate(axes) if _inside(each, [self._segments]))
+        rest = self._segments.by.rest
+        batch = tuple(i for i, each in enumerate(axes) if _inside(each, rest))
+        return Along(axis, self.frame[axis], dimension(self._segments.by.ids.segments), batch)
+
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
         return tuple(
-            dimension(hi // lo) if _inside((lo, hi), spans) else 1 for lo, hi in self._axes()
+            dimension(axis.hi // axis.lo) if _inside(axis, spans) else 1 for axis in self._axes()
         )
 
     def _axes(self) -> Iterator[Span]:
-        return zip(self._bounds, self._bounds[1:], strict=False)
+        return map(Span, self._bounds, self._bounds[1:])
 
     # Growing a block: everything is checked before anything is changed
 
@@ -93,29 +138,51 @@ class Block:
         if reduced is not None and self._reduced not in (None, reduced):
             raise DoesNotFit
         found = [span for spans in (*placed.values(), reduced or ()) for span in spans]
-        self._bounds = _refined(self._bounds, {*bounds, *itertools.chain(*found)})
-        self._reduced = self._reduced if reduced is None else reduced
+        reduced = self._reduced if reduced is None else reduced
+        segments = self._one_by_segments(found, reduced)
+        refined = _refined(self._bounds, {*bounds, *_ends(found)})
+        if segments is not None and any(segments.lo < b < segments.hi for b in refined):
+            raise DoesNotFit
+        self._bounds, self._reduced, self._segments = refined, reduced, segments
         self.spans.update(placed)
         for value, spans in placed.items():
             self._of_shape.setdefault(value.sizes, {})[spans] = None
+
+    def _one_by_segments(
+        self, found: Iterable[Span], reduced: tuple[Span, ...] | None
+    ) -> Span | None:
+        """The span that is by segments, if there is one; what is reduced along it is, by them."""
+        by = {span for span in (self._segments, *found) if span is not None and span.by}
+        if len(by) > 1:
+            raise DoesNotFit
+        for span in by:
+            if reduced and span not in reduced and _inside(span, reduced):
+                raise DoesNotFit
+            return span
+        return None
 
     def places(self, shape: tuple[int, ...]) -> Iterable[Spans]:
         """Where the values of a shape lie, the first one's place first."""
         return self._of_shape.get(shape, ())
 
     def fill(self, value: Value) -> bool:
-        """Whether the value has as many entries as the frame."""
-        return size(value.sizes) == self.entries
+        """Whether the value has as many entries as the frame, each at its own place."""
+        by = any(span.by for span in self.spans.get(value, ()))
+        return size(value.sizes) == self.entries and not by
 
     def absorb(self, other: "Block", move: Callable[[Span], Span]) -> None:
         """Take over another block, each span of whose frame is moved to one of this one's."""
         spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
         reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        self.place(spans, reduced, itertools.chain(*map(move, other._axes())))
+        self.place(spans, reduced, _ends(map(move, other._axes())))
+
+
+def _ends(spans: Iterable[Span]) -> Iterator[int]:
+    return itertools.chain.from_iterable(span[:2] for span in spans)
 
 
 def _inside(axis: Span, spans: Iterable[Span]) -> bool:
-    return any(lo <= axis[0] and axis[1] <= hi for lo, hi in spans)
+    return any(span.lo <= axis.lo and axis.hi <= span.hi for span in spans)
 
 
 def _refined(bounds: list[int], others: Iterable[int]) -> list[int]:
@@ -136,7 +203,7 @@ def row_major(shape: tuple[int, ...]) -> Spans:
     """The spans of a value that fills the frame."""
     spans, lo = [], 1
     for n in shape:
-        spans.append((lo, lo * n) if n > 1 else NOTHING)
+        spans.append(Span(lo, lo * n) if n > 1 else NOTHING)
         lo *= n
     return tuple(spans)
 
@@ -147,13 +214,14 @@ def broadcast(shape: tuple[int, ...], spans: Sequence[Span]) -> Spans:
 
 
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Adjacent spans as one, in order."""
+    """Adjacent spans as one, in order; not those by segments."""
     stretches: list[Span] = []
-    for lo, hi in sorted(s for s in spans if s != NOTHING):
-        if stretches and stretches[-1][1] == lo:
-            stretches[-1] = (stretches[-1][0], hi)
+    for span in sorted((s for s in spans if s != NOTHING), key=lambda s: s[:2]):
+        last = stretches[-1] if stretches else NOTHING
+        if last != NOTHING and last.hi == span.lo and not (last.by or span.by):
+            stretches[-1] = Span(last.lo, span.hi)
         else:
-            stretches.append((lo, hi))
+            stretches.append(span)
     return tuple(stretches)
 
 
@@ -165,12 +233,18 @@ def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
         if n == 1:
             result.append(NOTHING)
             continue
-        lo, hi = stretches.pop(0)
+        span = stretches.pop(0)
+        lo, hi = span.lo, span.hi
+        if span.by:
+            if n != span.by.ids.segments:
+                raise DoesNotFit
+            result.append(span)
+            continue
         if (hi // lo) % n:
             raise DoesNotFit
-        result.append((lo, lo * n))
+        result.append(Span(lo, lo * n))
         if lo * n < hi:
-            stretches.insert(0, (lo * n, hi))
+            stretches.insert(0, Span(lo * n, hi))
     return tuple(result)
 
 
@@ -188,12 +262,31 @@ def broadcast_like(
             return placed
     result, behind = [], 1
     for i, n in enumerate(new.sizes):
-        lo, hi = kept.get(i, (behind, behind * n)) if n > 1 else NOTHING
-        if n > 1 and lo < behind:
+        span = kept.get(i, Span(behind, behind * n)) if n > 1 else NOTHING
+        if n > 1 and span.lo < behind:
             raise DoesNotFit
-        behind = max(behind, hi)
-        result.append((lo, hi))
+        behind = max(behind, span.hi)
+        result.append(span)
     return tuple(result)
+
+
+def by_segments(spans: Spans, segments: Segmented) -> Spans:
+    """The spans of what has an entry for each segment, from those of what has one for each id."""
+    axis = segments.axis
+    if spans[axis].by:
+        raise DoesNotFit
+    rest = tuple(spans[i] for i in segments.along if i != axis)
+    at = spans[axis]._replace(by=Segments(segments.ids, rest))
+    return (*spans[:axis], at if segments.ids.segments > 1 else NOTHING, *spans[axis + 1 :])
+
+
+def _broadcast_dimensions(eqn: Equation, segments: Segmented | None) -> Sequence[int] | None:
+    """The dimensions of the result of a broadcast, as that from a single segment is."""
+    if eqn.name == "broadcast_in_dim":
+        return tuple(eqn.params["broadcast_dimensions"])
+    if eqn.name == "gather" and segments is not None and segments.ids.segments == 1:
+        return range(len(eqn.outputs[0].shape))
+    return None
 
 
 # The analysis of a program
@@ -207,11 +300,13 @@ class Plan:
       active: Values on a differentiable path from an active input to an output.
       rules: The rule of each equation on such a path.
       blocks: The block of each equation that is in one.
+      segments: The scatters and gathers that undo each other.
     """
 
     active: frozenset[Value]
     rules: dict[Equation, Any]
     blocks: dict[Equation, Block]
+    segments: dict[Equation, Segmented]
 
 
 def plan(
@@ -229,7 +324,8 @@ def plan(
       find: The rule of an equation, ``None`` if there is none.
     """
     active, rules = _paths(program, moving, wanted, find)
-    return Plan(active, rules, _Grouping(active).run(rules))
+    segments = segmented(program, rules, active)
+    return Plan(active, rules, _Grouping(active, segments).run(rules), segments)
 
 
 # Paths
@@ -331,11 +427,13 @@ def _moving(
 class _Grouping:
     """Walks the equations in program order and puts each into a block, if it belongs in one."""
 
-    def __init__(self, active: frozenset[Value]) -> None:
+    def __init__(self, active: frozenset[Value], segments: dict[Equation, Segmented]) -> None:
         self._active = active
+        self._segments = segments
         self._level: dict[Value, int] = {}
         self._home: dict[Value, Block] = {}  # the block that makes a value
         self._into: dict[Block, Block] = {}  # absorbed blocks
+        self._waiting: set[Value] = set()  # taken by ids, alone in a block that nothing reads yet
 
     def run(self, rules: dict[Equation, Any]) -> dict[Equation, Block]:
         member = {}
@@ -343,12 +441,15 @@ class _Grouping:
             operands = [v for v in eqn.inputs if v in self._active]
             level = max(self._level.get(v, 0) for v in operands)
             block = None
-            if isinstance(rule, Pointwise | Reduction | View | Join):
+            if isinstance(rule, Pointwise | Reduction | View | Join) or eqn in self._segments:
+                for value in self._waiting.intersection(operands):
+                    self._waiting.remove(value)
+                    self._level[value] = level
                 try:
                     block = self._join(eqn, rule, operands, level)
                 except DoesNotFit:
                     level += 1
-                    if isinstance(rule, Pointwise | Reduction):
+                    if not isinstance(rule, View | Join):
                         block = self._join(eqn, rule, operands, level)
             else:
                 level += 1
@@ -358,6 +459,8 @@ class _Grouping:
                     self._home[value] = block
             if block is not None:
                 member[eqn] = block
+                if isinstance(rule, Take) and self._is_new(block):
+                    self._waiting.update(eqn.outputs)
         return {eqn: self._current(block) for eqn, block in member.items()}
 
     def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
@@ -381,20 +484,39 @@ class _Grouping:
 
         (operand,) = set(operands)
         block = homes.get(operand) or Block(size(operand.sizes))
-        if eqn.name == "broadcast_in_dim" and block.entries == size(operand.sizes):
-            dimensions = eqn.params["broadcast_dimensions"]
+        dimensions = _broadcast_dimensions(eqn, self._segments.get(eqn))
+        if isinstance(rule, Take) and dimensions is None:
+            return self._take(result, operand, self._segments[eqn], homes)
+        if dimensions is not None and block.fill(operand):
             return self._fill_frame(result, {operand: dimensions}, homes)
         spans = block.spans.get(operand, row_major(operand.sizes))
-        reduced = None
-        if isinstance(rule, Reduction):
+        reduced: tuple[Span, ...] | None = None
+        if isinstance(rule, Scatter):
+            axis = self._segments[eqn].axis
+            made = by_segments(spans, self._segments[eqn])
+            reduced = (made[axis] if made[axis].by else spans[axis],)
+        elif isinstance(rule, Reduction):
             axes = rule.axes(eqn)
             reduced = merged(spans[i] for i in axes) or None
+            if any(span.by for span in reduced or ()):
+                raise DoesNotFit
             made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.sizes)
-        elif eqn.name == "broadcast_in_dim":
-            made = broadcast_like(block, spans, operand, result, eqn.params["broadcast_dimensions"])
+        elif dimensions is not None:
+            made = broadcast_like(block, spans, operand, result, dimensions)
         else:
             made = reshaped(spans, result.sizes)
         block.place({operand: spans, result: made}, reduced)
+        return block
+
+    def _take(
+        self, result: Value, operand: Value, segments: Segmented, homes: dict[Value, Block]
+    ) -> Block:
+        """The block of what is taken by ids: that of a sum by them, or a new one."""
+        block = homes.get(operand) or Block(size(result.sizes))
+        made = row_major(result.sizes)
+        if operand in homes:
+            made = tuple(Span(span.lo, span.hi) for span in block.spans[operand])
+        block.place({operand: by_segments(made, segments), result: made})
         return block
 
     def _fill_frame(
@@ -427,6 +549,10 @@ class _Grouping:
         block.place(placed | {result: spans})
         return block
 
+    def _is_new(self, block: Block) -> bool:
+        """Whether a block has a single equation."""
+        return len(block.spans) == 2
+
     def _is_made_at(self, value: Value, level: int) -> bool:
         return value in self._home and self._level[value] == level
 
@@ -452,14 +578,17 @@ def _move(
 
     def move(span: Span) -> Span:
         parts = [
-            (to * max(span[0], lo) // lo, to * min(span[1], hi) // lo)
-            for (lo, hi), (to, _) in zip(old, new, strict=True)
-            if max(span[0], lo) < min(span[1], hi)
+            Span(at.lo * max(span.lo, was.lo) // was.lo, at.lo * min(span.hi, was.hi) // was.lo)
+            for was, at in zip(old, new, strict=True)
+            if max(span.lo, was.lo) < min(span.hi, was.hi)
         ]
         stretches = merged(parts)
         if len(stretches) > 1:
             raise DoesNotFit
-        return stretches[0] if stretches else NOTHING
+        moved = stretches[0] if stretches else NOTHING
+        if span.by is None:
+            return moved
+        return moved._replace(by=span.by._replace(rest=tuple(map(move, span.by.rest))))
 
     if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
         raise DoesNotFit

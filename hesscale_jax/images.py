@@ -171,7 +171,7 @@ class Images:
         for eqn, block in self._steps.blocks.items():
             members.setdefault(block, []).append(eqn)
         for block, equations in members.items():
-            if len({eqn.region for eqn in equations}) > 1:
+            if block.along or len({eqn.region for eqn in equations}) > 1:
                 continue
             made = {v for eqn in equations for v in eqn.outputs}
             if self.last.isdisjoint(made):

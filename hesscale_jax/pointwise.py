@@ -38,13 +38,14 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value, size
+from hesscale_jax._jaxpr import Equation, Value, dimension, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.forms import Factor, Form, Reader, covariance
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
 from hesscale_jax.rules.multilinear import total
-from hesscale_jax.rules.selection import Reduction, jvp, push
+from hesscale_jax.rules.selection import Reduction, Scatter, jvp, push
+from hesscale_jax.segments import Segmented
 
 __all__ = ["BlockArithmetic"]
 
@@ -109,13 +110,14 @@ class BlockArithmetic:
         """
         self._block = block
         self._frame, self._reduced = block.frame, block.reduced
+        self._along = block.along
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
         self._forms = forms
         self._reader = Reader(read, self._dtype)
         self._form_of: dict[Local, Form] = {}
         self._derived: dict[Value, Derived] = {}
-        self._spreads: dict[Value, Any] = {}  # of sources, in the frame
+        self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
         self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
         self._entrywise_covariances: dict[tuple[Any, Any], Any] = {}
         self._local_covariances: dict[tuple[Local, Local], Any] = {}
@@ -183,6 +185,61 @@ class BlockArithmetic:
         self._derived[value] = self._read(operand)
         return Moments(_jaxpr.bind(eqn, x.primal), shift)
 
+    def scatter(
+        self, eqn: Equation, rule: Scatter, operands: Sequence[Moments], by: Segmented
+    ) -> Moments:
+        """``s_j = x_j + sum_{id(k) = j} c_k u_k``."""
+        (_, _, operand), (value,) = eqn.inputs, eqn.outputs
+        primals = [x.primal for x in operands]
+        s = _jaxpr.bind(eqn, *primals)
+        (shift,) = push(eqn, primals, [x.shift for x in operands])
+        spans = self._block.spans[operand]
+        kept = self._kept(primals[1], by, spans)
+        u = self._read(operand)
+        weights = self._enter(_plain(rule.weights(eqn, primals, s)), spans)
+        summed = self._sum_of(u.root, times(kept, times(weights, u.slope)))
+        self._derived[value] = Derived(_mixed({summed: self._reached(kept, by)}))
+        return Moments(s, shift)
+
+    def take(self, eqn: Equation, operands: Sequence[Moments], by: Segmented) -> Moments:
+        """``y_k = x_id(k)``, without a derivative where the id has no segment."""
+        (operand, _), (value,) = eqn.inputs, eqn.outputs
+        primals = [x.primal for x in operands]
+        (shift,) = push(eqn, primals, [x.shift for x in operands])
+        kept = self._kept(primals[1], by, self._block.spans[value])
+        x = self._read(operand)
+        slope = x.slope
+        if self._along is not None and not isinstance(slope, float):
+            slope = self._along.padded(self._along.of_entries(_number(slope)))
+        self._derived[value] = Derived(x.root, times(kept, slope) if by.drops else slope)
+        return Moments(_jaxpr.bind(eqn, *primals), shift)
+
+    def _kept(self, indices: Any, by: Segmented, spans: Spans) -> Any:
+        """Which of the entries at ``spans`` have a segment: 1 or 0."""
+        if (self._block, by.wraps, by.drops) not in self._spreads:
+            ids = lax.squeeze(indices, (indices.ndim - 1,))
+            if ids.dtype.itemsize < 4:  # Small integers do not count up to any size.
+                ids = lax.convert_element_type(ids, jnp.int32)
+            count = dimension(by.ids.segments)
+            kept = (ids >= 0) & (ids < count) if by.drops else jnp.ones(ids.shape, bool)
+            along = tuple(spans[i] for i in by.along)
+            kept = lax.convert_element_type(kept, self._dtype)
+            self._spreads[self._block, by.wraps, by.drops] = self._enter(kept, along)
+            if self._along is not None and self._block not in self._spreads:
+                ids = jnp.where(ids < 0, ids + count, ids) if by.wraps else ids
+                ids = _reshaped(jnp.clip(ids, 0, count - 1), self._block.view(along))
+                self._spreads[self._block] = self._along.rows(ids)
+        return self._spreads[self._block, by.wraps, by.drops]
+
+    def _reached(self, kept: Any, by: Segmented) -> Coefficient:
+        """Where a segment has an entry, among those ``kept``."""
+        if self._along is None:
+            return 1.0
+        key = self._block, by.wraps, by.drops, "reached"
+        if key not in self._spreads:
+            self._spreads[key] = self._sum(kept, self._reduced) > 0
+        return Cut(self._spreads[key])
+
     def spread(self, value: Value) -> Any:
         """``cov(v, v)``: the spread with which the value leaves the block."""
         v = self._derived[value]
@@ -203,6 +260,7 @@ class BlockArithmetic:
     def held(self, value: Value) -> Iterator[tuple[dict[Any, Any], Any]]:
         """Where the arrays are that the value's covariances are computed from: ``holder[key]``."""
         derived = self._derived[value]
+        yield from ((self._spreads, key) for key in self._spreads if not isinstance(key, Value))
         for holder, key in ((vars(derived), "slope"), *_held(derived.root)):
             x = holder[key]
             arrays = (
@@ -215,7 +273,8 @@ class BlockArithmetic:
     def forget(self, sources: Iterable[Value], values: Iterable[Value]) -> None:
         """Take these sources in anew, without these values, and compute covariances anew."""
         for source in sources:
-            del self._spreads[source], self._derived[source]
+            del self._spreads[source]
+            self._derived.pop(source, None)
         for value in values:
             self._derived.pop(value, None)
         self._covariances.clear()
@@ -231,8 +290,9 @@ class BlockArithmetic:
             spread = self._spread_of(value)
             if spread is not None:
                 self._spreads[value] = self._enter(spread, self._block.spans[value])
-            view = self._block.view(self._block.spans[value])
-            repeated = tuple(axis for axis in self._reduced if view[axis] == 1)
+            spans = self._block.spans[value]
+            present = self._block.view(tuple(span for span in spans if not span.by))
+            repeated = tuple(axis for axis in self._reduced if present[axis] == 1)
             self._derived[value] = Derived(Local({value: 1.0}, repeated))
         return self._derived[value]
 
@@ -308,11 +368,13 @@ class BlockArithmetic:
         if a.depth < b.depth:
             a, b = b, a
         if isinstance(a, Sum):
-            terms = (scaled(w, self._entrywise(x, b)) for x, w in a.of_local.items())
+            terms = {x: scaled(w, self._entrywise(x, b)) for x, w in a.of_local.items()}
             if isinstance(b, Sum):
                 # Each term by itself: one of repeated sources is not there at every position.
-                terms = (self._sum(x, self._reduced) for x in terms)
-            return total(*terms)
+                for x in terms:
+                    apart = [axis for axis in self._reduced if axis not in x.repeated]
+                    terms[x] = self._sum(terms[x], apart)
+            return total(*terms.values())
         assert isinstance(b, Local)
         c = self._local_cov(a, b)
         # A copy: the transpose adds up its uses before it adds what comes from outside the block.
@@ -389,16 +451,33 @@ class BlockArithmetic:
             coefficient = lax.convert_element_type(coefficient, self._dtype)
         if jnp.ndim(coefficient) == 0:
             return coefficient
-        occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
-        return _reshaped(coefficient, self._block.view(tuple(occupied)))
+        occupied = tuple(s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
+        x = _reshaped(coefficient, self._view(occupied))
+        if self._along is None:
+            return x
+        if _is_by_segments(occupied):
+            return self._along.taken(x, self._spreads[self._block])
+        return self._along.padded(x)
 
     def _leave(self, array: Any, value: Value) -> Any:
         """The reverse of ``_enter`` for an array: in the value's shape and spread dtype."""
         if array is None:
             return None
-        view = self._block.view(self._block.spans[value])
+        spans = self._block.spans[value]
+        view = self._view(spans)
+        if self._along is not None:
+            along = self._along
+            part = along.of_segments if _is_by_segments(spans) else along.of_entries
+            array = part(array)
         array = array if array.shape == view else jnp.broadcast_to(array, view)
         return lax.convert_element_type(_reshaped(array, value.shape), spread_dtype(value.dtype))
+
+    def _view(self, spans: Spans) -> tuple[int, ...]:
+        """The shape in the frame of an array at ``spans``, with the segments' axis if by them."""
+        view = self._block.view(spans)
+        if self._along is None or not _is_by_segments(spans):
+            return view
+        return self._along.with_length(self._along.segments, view)
 
     def _sum(self, x: Coefficient, axes: Sequence[int], missing: bool = False) -> Coefficient:
         """The sum over axes of the frame, which stay with size 1.
@@ -409,6 +488,10 @@ class BlockArithmetic:
         if x is None or not axes:
             return x
         x = _number(x)
+        if self._along is not None and self._along.axis in axes:
+            rows = self._spreads[self._block]
+            x = lax.convert_element_type(x, self._dtype)
+            return self._along.taken(self._along.added(x, rows), rows)
         present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(
             lambda n, i: n * self._frame[i], (i for i in axes if i not in present), 1
@@ -418,6 +501,10 @@ class BlockArithmetic:
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
         return times(_jaxpr.number(absent, self._dtype), x) if missing else x
+
+
+def _is_by_segments(spans: Spans) -> bool:
+    return any(span.by for span in spans)
 
 
 def _held(root: Any) -> Iterator[tuple[dict[Any, Any], Any]]:

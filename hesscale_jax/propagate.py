@@ -23,7 +23,7 @@ from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.multilinear import met, multilinear
-from hesscale_jax.rules.selection import Join, Reduction, Selection, View
+from hesscale_jax.rules.selection import Join, Reduction, Scatter, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
 
 __all__ = ["affine_in", "propagate"]
@@ -148,6 +148,11 @@ class _Walk:
             return arithmetic.pointwise(eqn, phi, operands, active, self.curved(eqn))
         if isinstance(rule, Reduction):
             return arithmetic.reduction(eqn, rule, operands)
+        if eqn in self.plan.segments:
+            how = self.plan.segments[eqn]
+            if isinstance(rule, Scatter):
+                return arithmetic.scatter(eqn, rule, operands, how)
+            return arithmetic.take(eqn, operands, how)
         return arithmetic.view(eqn, operands)
 
     def _arithmetic(self, block: Block) -> BlockArithmetic:

@@ -760,6 +760,56 @@ def views(rng: random.Random) -> Case:
     return case(program, str(program.unread()[-1]))
 
 
+def segments(rng: random.Random) -> Case:
+    """Values with an entry for each id or each segment, sums by the ids, and what takes them back.
+
+    Segments may be empty, ids out of bounds, and there may be as many segments as ids.
+    """
+    program = Program(rng)
+    n = rng.choice((4, 5))
+    m = rng.choice((1, 2, 3, n, 7))
+    batch = rng.choice(((), (), (2,)))
+    wide = () if batch else rng.choice(((), (2,), (n,)))
+    low, high = rng.choice(((0, m), (0, m), (-1, m + 1), (-m, m)))
+    ids = [[rng.randrange(low, high) for _ in range(n)] for _ in range(math.prod(batch))]
+    known = rng.choice(("ids = {}", "ids = jax.lax.optimization_barrier({})"))
+    dtype = rng.choice(("int", "jnp.int8", "jnp.int32"))
+    program.lines.append(known.format(f"jnp.array({ids if batch else ids[0]}, {dtype})"))
+    entries, sums = (*batch, n, *wide), (*batch, m, *wide)
+    program.input(entries)
+    for _ in range(rng.randint(0, 2)):
+        program.input(rng.choice((entries, sums, (*batch, 1, *wide), (1,) * len(sums), ())))
+
+    def by_ids(text: str, x: Node, shape: Shape) -> None:
+        each = f"jax.vmap(lambda x, ids: {text.format('x')})({x}, ids)"
+        program.add(each if batch else text.format(x), shape)
+
+    def reduce() -> None:
+        base = (m, *wide)
+        if x := program.pick(lambda x: x.shape == entries):
+            text = rng.choice(
+                (
+                    *(f"jax.ops.segment_sum({{}}, ids, {m})",) * 3,
+                    f"jnp.zeros({base}).at[ids].add({{}})",
+                    f"jnp.full({base}, 0.7).at[ids].subtract({{}})",
+                    f"jnp.full({base}, -0.3).at[ids].max({{}})",
+                    f"jnp.maximum(jax.ops.segment_max({{}}, ids, {m}), -9.0)",
+                )
+            )
+            by_ids(text, x, sums)
+
+    def restore() -> None:
+        # What an index out of bounds yields is not said, but where it is asked for.
+        modes = ["mode='clip'", "mode='fill', fill_value=0.2"]
+        takes = [f"jnp.take({{}}, ids, 0, {mode})" for mode in modes]
+        if x := program.pick(lambda x: x.shape == sums):
+            by_ids(rng.choice([*takes, *["{}[ids]"] * 3 * (high <= m)]), x, entries)
+
+    by = [lambda program, op=op: op() for op in (reduce, reduce, restore, restore)]
+    grow(program, rng.randint(4, 10), (unary, binary, binary, *by))
+    return case(program, str(program.unread()[-1]))
+
+
 def chain(rng: random.Random) -> Case:
     """Every entry reaches the loss along one path: entry by entry, moved about, mixed once."""
     program = Program(rng)
@@ -993,6 +1043,7 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None
     "half": (half, check_half),
     "block": (block, check_block),
     "views": (views, check_views),
+    "segments": (segments, check_views),
     "chain": (chain, check_diagonal),
     "last_layer": (last_layer, check_diagonal),
     "plain_last_layer": (plain_last_layer, check_gauss_newton),

@@ -1,8 +1,10 @@
 """Which equations form a block. That blocks are computed rightly is tested in test_rules.py."""
 
 import jax.numpy as jnp
+import numpy as np
 from cases import normal
 from jax import nn
+from jax.ops import segment_sum
 
 import hesscale_jax as hs
 from hesscale_jax._jaxpr import flatten, trace
@@ -80,3 +82,83 @@ def test_a_broadcast_lies_as_the_value_that_it_meets():
         return mean * sine * mean * jnp.broadcast_to(sine, mean.shape)
 
     assert len(blocks(fun, normal(2, 3, 2), normal(1, 1, 1))) == 1
+
+
+IDS, OTHERS = jnp.array([2, 0, 2, 1]), jnp.array([1, 1, 0, 0])
+
+
+def test_what_is_taken_back_by_segments_is_one_block_with_the_sums():
+    def fun(x, ids):
+        e = jnp.exp(x)
+        s = segment_sum(e, ids, 3)
+        return e / s[ids] * jnp.log1p(s)[ids], segment_sum(e * x, ids, 3) / s
+
+    assert len(blocks(lambda x: fun(x, IDS), normal(4))) == 1
+    assert len(blocks(fun, normal(4), IDS)) == 1
+    assert len(blocks(fun, normal(4), IDS.astype(jnp.uint8))) == 1
+
+
+def test_sums_by_segments_that_nothing_takes_back_are_in_none():
+    found = blocks(lambda x, w: jnp.tanh(segment_sum(x[IDS] * w, OTHERS, 2)), normal(3), normal(4))
+    assert found == [["mul"], ["tanh"]]
+
+
+def test_ids_are_the_same_if_they_are_written_so():
+    def count(change, ids=IDS):
+        def fun(x, ids):
+            e = jnp.exp(x)
+            return e / segment_sum(e, ids, 3)[change(ids)]
+
+        return len(blocks(fun, normal(4), ids))
+
+    others = (lambda ids: ids + 0, jnp.flip, lambda ids: jnp.where(ids < 0, ids + 4, ids))
+    assert [count(change) for change in others] == [2] * 3
+    same = (jnp.array, lambda ids: ids.reshape(2, 1, 2).reshape(4), lambda ids: ids.astype(int))
+    assert [count(change, IDS.astype(jnp.int16)) for change in same] == [1] * 3
+    assert count(lambda ids: ids.astype(jnp.int8)) == 2
+
+
+def test_constant_ids_are_the_same_if_their_entries_are():
+    def count(others):
+        return len(blocks(lambda x: jnp.exp(x) / segment_sum(x * x, IDS, 3)[others], normal(4)))
+
+    assert count(np.array(IDS)) == 1
+    assert count(np.array(IDS, np.int16)) == 1
+    assert count(OTHERS) > 1
+
+
+def test_sums_by_other_segments_start_a_block():
+    def fun(x):
+        y = x - segment_sum(x, IDS, 3)[IDS]
+        return y - segment_sum(y, OTHERS, 3)[OTHERS]
+
+    assert [names.count("scatter-add") for names in blocks(fun, normal(4))] == [1, 1]
+
+
+def test_sums_over_segments_or_all_entries_start_a_block():
+    def fun(x):
+        e = jnp.exp(x)
+        s = segment_sum(e, IDS, 3)
+        return (e / s[IDS]).sum() + s.sum()
+
+    first, *others = blocks(fun, normal(4))
+    assert "scatter-add" in first
+    assert "reduce_sum" not in first
+    assert len(others) == 2
+
+
+def test_segments_are_not_the_entries_that_are_as_many():
+    def fun(x):
+        s = segment_sum(jnp.exp(x), IDS, 4)
+        return s[IDS] * jnp.exp(x) + s * jnp.exp(x)
+
+    assert len(blocks(fun, normal(4))) == 2
+
+
+def test_what_is_taken_waits_for_the_block_that_adds_it_up():
+    def fun(z, a, b):
+        e = jnp.exp((z @ a)[OTHERS] + (z @ b)[IDS])
+        return e / segment_sum(e, IDS, 3)[IDS]
+
+    (names,) = blocks(fun, normal(3, 2), normal(2), normal(2))
+    assert names.count("gather") == 2

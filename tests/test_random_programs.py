@@ -27,6 +27,7 @@ EXAMPLES = {
     "half": 10,
     "block": 15,
     "views": 20,
+    "segments": 20,
     "chain": 15,
     "last_layer": 15,
     "plain_last_layer": 10,
