@@ -271,7 +271,8 @@ class _Walk:
     @functools.cached_property
     def _home(self) -> dict[Value, Block]:
         """The block that makes a value."""
-        return {v: block for eqn, block in self.plan.blocks.items() for v in eqn.outputs}
+        made = ((v, block) for eqn, block in self.plan.blocks.items() for v in eqn.outputs)
+        return {v: block for v, block in made if v in block.spans}
 
     @functools.cached_property
     def _readers(self) -> dict[Value, list[Equation]]:
