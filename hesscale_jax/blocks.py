@@ -33,7 +33,7 @@ from hesscale_jax.rules.control_flow import ControlFlow, scan
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.selection import Join, PiecewiseConstant, Reduction, View
 
-__all__ = ["Block", "Loop", "Plan", "Through", "at_axes", "loop", "plan"]
+__all__ = ["Block", "Loop", "Plan", "Through", "loop", "moved", "plan"]
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]  # one per dimension of a value
@@ -82,6 +82,10 @@ class Block:
         return tuple(
             dimension(hi // lo) if _inside((lo, hi), spans) else 1 for lo, hi in self._axes()
         )
+
+    def along(self, spans: Spans) -> Spans:
+        """The axes of the frame that ``spans`` consist of."""
+        return tuple(axis for axis in self._axes() if _inside(axis, spans))
 
     def _axes(self) -> Iterator[Span]:
         return zip(self._bounds, self._bounds[1:], strict=False)
@@ -351,8 +355,6 @@ def _moving(
 
 # Loops within blocks
 
-Along = tuple[int | None, ...]  # the axis of another value that each dimension runs along
-
 
 class Through(NamedTuple):
     """How a block leads through a loop.
@@ -361,8 +363,9 @@ class Through(NamedTuple):
       plan: The analysis of the body, all of whose equations on a path are in one block.
       block: That block.
       guide: The largest of the carries on a path, by its number.
-      operands: How what is read at every step, or is carried first, runs along the guide.
-      carries: How each of the carries on a path does.
+      axes: The axes of that frame along which the guide lies.
+      operands: Where what is read at every step, or is carried first, lies in the frame.
+      carries: Where each of the carries on a path does.
       scanned: What is scanned over.
       depends: The operands that each of the carries depends on at any step.
       fed: The carries that depend on what is scanned over.
@@ -371,8 +374,9 @@ class Through(NamedTuple):
     plan: Plan
     block: Block
     guide: int
-    operands: dict[Value, Along]
-    carries: dict[int, Along]
+    axes: Spans
+    operands: dict[Value, Spans]
+    carries: dict[int, Spans]
     scanned: frozenset[Value]
     depends: dict[int, frozenset[Value]]
     fed: frozenset[int]
@@ -410,19 +414,15 @@ def _through(
     ):
         return None
     guide = max(carries, key=lambda i: size(outputs[i].sizes))
-    at = block.spans[outputs[guide]]
-    if any(span != NOTHING and span not in at for v in lying for span in block.spans[v]):
+    axes = block.along(block.spans[outputs[guide]])
+    operands = {x: block.spans[inputs[i]] for i, x in moving.items()}
+    if any(operands[x] != block.spans[inputs[i]] for i, x in moving.items()):
         return None
-
-    def along(value: Value) -> Along:
-        return tuple(None if s == NOTHING else at.index(s) for s in block.spans[value])
-
-    operands = {x: along(inputs[i]) for i, x in moving.items()}
-    if any(operands[x] != along(inputs[i]) for i, x in moving.items()):
+    if any(axis not in axes for v in lying for axis in block.along(block.spans[v])):
         return None
     scanned_in = {inputs[i]: i for i in xs if inputs[i] in steps.active}
     depends, summed = _dependencies(steps, {inputs[i]: i for i in read}, scanned_in)
-    view = block.view(at)
+    view = block.view(axes)
     across = any(view[axis] != 1 for axis in block.reduced)  # else no sum is over a carry
     if across and any(outputs[i] in summed for i in carries):
         return None
@@ -439,8 +439,9 @@ def _through(
         plan=steps,
         block=block,
         guide=guide,
+        axes=axes,
         operands=operands,
-        carries={i: along(outputs[i]) for i in carries},
+        carries={i: block.spans[outputs[i]] for i in carries},
         scanned=frozenset(scanned),
         depends={
             i: frozenset(moving[j] for j in (found | {first + i}) & moving.keys())
@@ -553,10 +554,12 @@ class _Grouping:
             spans, entries = homes[guide].spans[guide], homes[guide].entries
         elif homes and entries == 1:
             entries = max(home.entries for home in homes.values())
-        placed = {v: at_axes(along, spans) for v, along in through.operands.items()}
+        move = moved(through.carries[through.guide], spans)
+        placed = {v: tuple(map(move, at)) for v, at in through.operands.items()}
         block = self._merge(result, spans, placed, homes, entries)
-        results = {eqn.outputs[i]: at_axes(along, spans) for i, along in through.carries.items()}
-        block.place(results, scanned=through.scanned)
+        results = {eqn.outputs[i]: tuple(map(move, at)) for i, at in through.carries.items()}
+        bounds = itertools.chain(*map(move, through.axes))
+        block.place(results, bounds=bounds, scanned=through.scanned)
         return block
 
     def _is_handed_out(self, eqn: Equation, position: int) -> bool:
@@ -602,11 +605,6 @@ class _Grouping:
         return block
 
 
-def at_axes(along: Along, spans: Spans) -> Spans:
-    """The spans of a value that runs along another one's axes."""
-    return tuple(NOTHING if axis is None else spans[axis] for axis in along)
-
-
 def _move(
     home: Block, placed: dict[Value, Spans], values: list[Value], entries: int
 ) -> Callable[[Span], Span] | None:
@@ -619,7 +617,14 @@ def _move(
         raise DoesNotFit
     if stays:
         return None
-    old, new = home.spans[full], placed[full]
+    move = moved(home.spans[full], placed[full])
+    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
+        raise DoesNotFit
+    return move
+
+
+def moved(old: Spans, new: Spans) -> Callable[[Span], Span]:
+    """Where the spans of a frame come to lie if those of a value in it move."""
 
     def move(span: Span) -> Span:
         parts = [
@@ -632,6 +637,4 @@ def _move(
             raise DoesNotFit
         return stretches[0] if stretches else NOTHING
 
-    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
-        raise DoesNotFit
     return move

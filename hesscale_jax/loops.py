@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Value
-from hesscale_jax.blocks import Along, Through, at_axes
+from hesscale_jax.blocks import Spans, Through, moved
 from hesscale_jax.pointwise import BlockArithmetic
 
 __all__ = ["Carried", "LoopArithmetic"]
@@ -31,7 +31,8 @@ class Carried(NamedTuple):
 class LoopArithmetic:
     """One loop, between the block around it and the block of its body.
 
-    From one to the other, arrays have the axes of the largest carry, some of them of size 1.
+    From one to the other, arrays have the axes along which the largest carry lies in the body's
+    frame, some of them of size 1.
 
     Attributes:
       handed_on: The results of a step that are carried.
@@ -48,15 +49,16 @@ class LoopArithmetic:
         self._constants = list(zip(inputs[: carry.start], eqn.inputs, strict=False))
         self._slopes = [(i, x) for i, xs in through.depends.items() for x in xs]
         self._rests = list(itertools.combinations_with_replacement(sorted(through.fed), 2))
-        self._inside = through.block.spans[self.handed_on[through.guide]]
-        self._outside = around.block.spans[self._ends[through.guide]]
+        guide = through.guide
+        move = moved(through.carries[guide], around.block.spans[self._ends[guide]])
+        self._outside = tuple(map(move, through.axes))
         self._frame = BlockArithmetic(through.block, lambda value: None)
         self._covariances = {}
         for x, y in itertools.combinations_with_replacement(through.operands, 2):
-            axes = _axes(through.operands[x], through.operands[y])
+            axes = self._axes(through.operands[x], through.operands[y])
             covariance = around.leave_along(around.covariance(x, y), self._outside, axes)
             if covariance is not None:
-                self._covariances[x, y] = self._frame.enter(covariance, self._inside)
+                self._covariances[x, y] = self._frame.enter(covariance, through.axes)
 
     def start(self) -> Carried:
         """What the first step is handed."""
@@ -76,9 +78,9 @@ class LoopArithmetic:
         for (i, x), slope in zip(self._slopes, carried.slopes, strict=True):
             known[self._carries[i]][x] = slope
         read = [v for v in known if v in self._through.plan.active]
-        lying = {x: at_axes(along, self._inside) for x, along in self._through.operands.items()}
         for value in read:
-            step.define(value, known[value], lying | {value: step.block.spans[value]})
+            lying = self._through.operands | {value: step.block.spans[value]}
+            step.define(value, known[value], lying)
         return read
 
     def leave(self, step: BlockArithmetic) -> Carried:
@@ -106,15 +108,16 @@ class LoopArithmetic:
 
     def _full(self, x: Any, *carries: int) -> Any:
         """A coefficient or a covariance at every position of these carries, in the body's frame."""
-        axes = _axes(*(self._through.carries[i] for i in carries))
-        return self._frame.full(x, tuple(self._inside[axis] for axis in axes))
+        spans = itertools.chain(*(self._through.carries[i] for i in carries))
+        return self._frame.full(x, tuple(spans))
 
     def _left(self, x: Any, *carries: int) -> Any:
         """The same taken to the frame of the block around."""
-        axes = _axes(*(self._through.carries[i] for i in carries))
-        return self._around.enter(self._frame.leave_along(x, self._inside, axes), self._outside)
+        axes = self._axes(*(self._through.carries[i] for i in carries))
+        x = self._frame.leave_along(x, self._through.axes, axes)
+        return self._around.enter(x, self._outside)
 
-
-def _axes(*values: Along) -> list[int]:
-    """The axes of the largest carry that values run along."""
-    return sorted({axis for along in values for axis in along if axis is not None})
+    def _axes(self, *values: Spans) -> list[int]:
+        """Along which of the axes the values lie."""
+        along = self._frame.block.along(tuple(itertools.chain(*values)))
+        return [i for i, axis in enumerate(self._through.axes) if axis in along]

@@ -426,7 +426,7 @@ class BlockArithmetic:
         """An array with an axis for each of the spans: of size 1, but along ``axes``."""
         if array is None:
             return None
-        array = jnp.broadcast_to(array, self.block.view(tuple(spans[i] for i in axes)))
+        array = self.full(array, tuple(spans[i] for i in axes))
         sizes = [dimension(hi // lo) if i in axes else 1 for i, (lo, hi) in enumerate(spans)]
         return _reshaped(array, tuple(sizes))
 
