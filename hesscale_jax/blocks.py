@@ -409,7 +409,9 @@ def _through(
         not carries
         or any(v not in block.spans for v in lying)
         or any(i in carry and i - first not in carries for i in read)
-        or any(block.spans[inputs[i]] != block.spans[outputs[i - first]] for i in read if i in carry)
+        or any(
+            block.spans[inputs[i]] != block.spans[outputs[i - first]] for i in read if i in carry
+        )
         or len({*scanned, *moving.values()}) < len(scanned) + len({*moving.values()})
     ):
         return None

@@ -275,7 +275,11 @@ class BlockArithmetic:
 
         found = []
         for value in values:
-            v, slopes, left = self._read(value), dict[Value, Coefficient](), dict[Any, Coefficient]()
+            v, slopes, left = (
+                self._read(value),
+                dict[Value, Coefficient](),
+                dict[Any, Coefficient](),
+            )
             for leaf, d in _leaves({v.root: v.slope}).items():
                 of_local = leaf.of_local if isinstance(leaf, Sum) else {leaf: 1.0}
                 for local, w in of_local.items():
