@@ -395,9 +395,10 @@ def _through(
     paths = loop(eqn, body, active, active, find)
     wanted = [outputs[i] for i in sorted(paths.wanted)]
     steps = plan(body.program, paths.moving, wanted, find)
-    block = next(iter(steps.blocks.values()), None)
-    if block is None or any(steps.blocks.get(member) is not block for member in steps.rules):
+    block = _one(steps)
+    if block is None:
         return None
+    steps = dataclasses.replace(steps, blocks=dict.fromkeys(steps.rules, block))
 
     first = carry.start
     carries = [i for i in range(len(carry)) if outputs[i] in steps.active]
@@ -451,6 +452,22 @@ def _through(
         },
         fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),
     )
+
+
+def _one(steps: Plan) -> Block | None:
+    """One block of all of a program's blocks, if all equations on a path are in one."""
+    blocks = dict.fromkeys(steps.blocks.get(eqn) for eqn in steps.rules)
+    if not blocks or None in blocks:
+        return None
+    one, *others = sorted(filter(None, blocks), key=lambda block: -block.entries)
+    try:
+        for other in others:
+            if other.entries not in (1, one.entries):
+                raise DoesNotFit
+            one.absorb(other, lambda span: span)
+    except DoesNotFit:
+        return None
+    return one
 
 
 def _dependencies(

@@ -206,7 +206,8 @@ class BlockArithmetic:
         gone = frozenset(sources)
         for source in gone:
             del self._spreads[source], self._derived[source]
-        self._joint = {pair: c for pair, c in self._joint.items() if not gone.intersection(pair)}
+        for pair in [pair for pair in self._joint if not gone.isdisjoint(pair)]:
+            del self._joint[pair]
         for value in values:
             self._derived.pop(value, None)
         self._covariances.clear()
