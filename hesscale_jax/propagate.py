@@ -209,7 +209,7 @@ class _Walk:
         handed = dict.fromkeys(v for v, _ in reading)
         handed.update((v, None) for v in self._program.outputs if v in made)
         shared = dict.fromkeys(v for v, eqn in reading if self._stays(v, eqn))
-        shared.update((v, None) for v in made if v in self._kept)
+        shared.update((v, None) for v in made if v in self._kept and v in self._home)
         spread = [v for v, eqn in reading if eqn in self.plan.rules and not self._stays(v, eqn)]
         spread += [v for v in self._program.outputs if v in made and self._spreads]
 
