@@ -33,6 +33,7 @@ from hesscale_jax.forms import (
     of_atom,
     placed,
 )
+from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import multilinear, product_frame
 from hesscale_jax.rules.selection import Selection
@@ -63,6 +64,10 @@ MOST_TERMS = 8
 
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
+
+
+# What may be run where a value's entries are to stay apart.
+MOVES = SAME | {"broadcast_in_dim", "gather", "iota", "reshape", "select_n", "squeeze", "transpose"}
 
 
 class Needs(NamedTuple):
@@ -171,7 +176,8 @@ class Images:
         for eqn, block in self._steps.blocks.items():
             members.setdefault(block, []).append(eqn)
         for block, equations in members.items():
-            if block.along or len({eqn.region for eqn in equations}) > 1:
+            loops = any(eqn in self._steps.loops for eqn in equations)
+            if block.along or loops or len({eqn.region for eqn in equations}) > 1:
                 continue
             made = {v for eqn in equations for v in eqn.outputs}
             if self.last.isdisjoint(made):
@@ -303,14 +309,23 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
     read, mixed = set(last), set[Value]()
     for eqn, rule in reversed(steps.rules.items()):
         active = [v for v in eqn.inputs if v in steps.active]
-        keeps = isinstance(rule, Selection | Pointwise) or (
-            rule is multilinear and len(active) == 1
+        keeps = (
+            eqn in steps.blocks
+            or isinstance(rule, Selection | Pointwise)
+            or (rule is multilinear and len(active) == 1)
+            or (isinstance(rule, ControlFlow) and _only_selects(eqn))
         )
         moving = steps.active.intersection(eqn.outputs)
         if not keeps or not mixed.isdisjoint(moving) or not moving <= read:
             mixed.update(active)
         read.update(active)
     return read - mixed
+
+
+def _only_selects(eqn: Equation) -> bool:
+    """Whether what an equation runs only moves entries."""
+    inner = [e for body in eqn.bodies for e in body.program.equations]
+    return all(_only_selects(e) if e.bodies else e.name in MOVES for e in inner)
 
 
 def _is_known(value: Any) -> bool:

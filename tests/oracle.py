@@ -119,7 +119,7 @@ def backward(
             read = [v for eqn in unit for v in eqn.inputs if v in steps.active and v not in made]
             sources = list(dict.fromkeys(read))
             outputs = [v for v in made if v in came_back]
-            function = block_function(unit, env, sources, outputs)
+            function = block_function(unit, env, sources, outputs, steps)
             cotangents = [came_back[v] for v in outputs]
             found = back_through(function, [env[v] for v in sources], cotangents)
             forms = images.blocks.get(block, {})
@@ -292,17 +292,47 @@ def units(steps: Plan) -> list[Unit]:
 
 
 def block_function(
-    unit: Unit, env: dict[Value, Any], sources: Sequence[Value], outputs: Sequence[Value]
+    unit: Unit,
+    env: dict[Value, Any],
+    sources: Sequence[Value],
+    outputs: Sequence[Value],
+    steps: Plan,
 ) -> Callable[..., list[Any]]:
     """A block as a function of what it reads."""
 
     def function(*xs: Any) -> list[Any]:
         inside = env | dict(zip(sources, xs, strict=True))
         for eqn in unit:
-            run(eqn, inside)
+            run_in_block(eqn, inside, steps)
         return [inside[v] for v in outputs]
 
     return function
+
+
+def run_in_block(eqn: Equation, env: dict[Value, Any], steps: Plan) -> None:
+    """Run an equation, a loop step by step; no derivative flows through what is on no path."""
+    operands = [operand(env, v) for v in eqn.inputs]
+    if eqn not in steps.rules:
+        stopped = dict(zip(eqn.inputs, map(jax.lax.stop_gradient, operands), strict=True))
+        run(eqn, inside := env | stopped)
+        env.update((v, inside[v]) for v in eqn.outputs)
+        return
+    if eqn not in steps.loops:
+        run(eqn, env)
+        return
+    (body,), plan = eqn.bodies, steps.loops[eqn].plan
+    consts, carry, xs = ([operands[i] for i in group] for group in _jaxpr.scan_groups(eqn))
+    times = range(eqn.params["length"])
+    each = {}
+    for t in reversed(times) if eqn.params["reverse"] else times:
+        read = [*consts, *carry, *(x[t] for x in xs)]
+        inside = dict(zip(body.program.inputs, read, strict=True))
+        for inner in body.program.equations:
+            run_in_block(inner, inside, plan)
+        results = [operand(inside, v) for v in body.program.outputs]
+        carry, each[t] = results[: len(carry)], results[len(carry) :]
+    stacked = zip(*(each[t] for t in times), strict=True)
+    env.update(zip(eqn.outputs, [*carry, *map(jnp.stack, stacked)], strict=True))
 
 
 class At(NamedTuple):
