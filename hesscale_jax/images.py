@@ -67,7 +67,9 @@ SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 
 
 # What may be run where a value's entries are to stay apart.
-MOVES = SAME | {"broadcast_in_dim", "gather", "iota", "reshape", "select_n", "squeeze", "transpose"}
+MOVES = SAME | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
+MOVES |= {"broadcast_in_dim", "gather", "not", "or", "pad", "reduce_sum", "reshape", "select_n"}
+MOVES |= {"slice", "squeeze", "sub", "transpose"}
 
 
 class Needs(NamedTuple):
