@@ -5,11 +5,13 @@
     autoencoder            the same, 64-48-32-16-32-48-64, tanh
     PINN                   u'' = f on an interval, two scales, 1-32-32-32-1, tanh
     TD learning            the value of a policy, the target by the network itself; 3-64-64-1, tanh
+    character LM           a transformer on the source of Python's standard library; held-out text
+
+and, only when asked for by name, with a few methods and rates:
+
     Q-learning             double DQN of a pole on a cart, 4-64-64-2, tanh; the missing share of
                            the return, over 64 starts
-    character LM           a transformer on the source of Python's standard library; held-out text
-    character LM, 4 x 128  the same, wider and deeper; only if asked for, and then with a few
-                           methods and rates
+    character LM, 4 x 128  the character LM, wider and deeper
 
 Learning rates warm up over a twentieth of the steps and decay by a cosine. Every optimizer is
 trained with each rate of a grid over three decades, from the same starts on the same batches.
@@ -27,6 +29,7 @@ without compilation and evaluation.
     python benchmarks/training.py --quick            two tasks, two optimizers, one seed: minutes
     python benchmarks/training.py                    everything, hours on two cores
     python benchmarks/training.py --tasks "digits MLP" --methods Adam Muon
+    python benchmarks/training.py --tasks Q-learning
     python benchmarks/training.py --tasks            only draws what was measured before
 """
 
@@ -325,7 +328,7 @@ def td_task() -> Task:
     return Task(lambda s: dense(sizes, s), loss, batch, evaluation, 600, reported=distance)
 
 
-def q_learning_task() -> Task:
+def q_learning_task(rates: Any = None) -> Task:
     """Deep double Q-learning of a pole on a cart; what is reported is the return that is missing.
 
     With a memory, a target network and a share of random actions that falls.
@@ -352,7 +355,9 @@ def q_learning_task() -> Task:
 
     evaluation = (np.asarray(cart_pole.starts(jax.random.key(1000), 64)),)
     reported = functools.partial(cart_pole.missing, forward)
-    return Task(params, loss, batch, evaluation, 1000, reported=reported, stream=stream)
+    return Task(
+        params, loss, batch, evaluation, 1000, reported=reported, rates=rates, stream=stream
+    )
 
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -362,16 +367,17 @@ TASKS: dict[str, Callable[[], Task]] = {
     "autoencoder": autoencoder_task,
     "PINN": pinn_task,
     "TD learning": td_task,
-    "Q-learning": q_learning_task,
     "character LM": lambda: char_lm_task(64, 2, 300),
 }
 
-# Those that take too long for every method and rate: three rates around the best of the smaller.
-AROUND = {BASELINE: ADAM[3:6]} | dict.fromkeys(
-    (OURS, "Muon", "Newton-Muon", "SOAP-Muon"), MATRIX[2:5]
-)
-LARGE: dict[str, Callable[[], Task]] = {
-    "character LM, 4 x 128": lambda: char_lm_task(128, 4, 200, AROUND),
+# Beside the table, for a few methods and rates: what takes too long for all, or is too noisy.
+RATES = {OURS: MATRIX[2:5], BASELINE: ADAM[3:5]}
+PEERS = "Muon", "Newton-Muon", "SOAP-Muon"
+ASIDE: dict[str, Callable[[], Task]] = {
+    "Q-learning": lambda: q_learning_task(RATES | dict.fromkeys(PEERS, MATRIX[2:4])),
+    "character LM, 4 x 128": lambda: char_lm_task(
+        128, 4, 200, RATES | dict.fromkeys(PEERS, MATRIX[3:4])
+    ),
 }
 
 # Training
@@ -466,7 +472,7 @@ def measure(
     name: str, chosen: Sequence[str], seeds: int, before: dict[str, Any], progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """The results of a task so far, after each method and after the timing."""
-    task = (TASKS | LARGE)[name]()
+    task = (TASKS | ASIDE)[name]()
     methods = {key: METHODS[key] for key in chosen}
     if task.rates is not None:
         methods = {
@@ -652,7 +658,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS | LARGE)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS | ASIDE)
     parser.add_argument(
         "--methods", nargs="+", help="whose names contain one; others stay as measured"
     )
@@ -685,12 +691,12 @@ def main() -> None:
                 losses = {key: result["losses"][key] for key in order}
                 results[name] = result | {"losses": losses}
                 data.write_text(json.dumps(results) + "\n")
-    large = {name: results[name] for name in LARGE if name in results}
+    aside = {name: results[name] for name in ASIDE if name in results}
     results = {name: results[name] for name in TASKS if name in results}
-    made = [*tables(results), *tables(large)]
+    made = [*tables(results), *tables(aside)]
     for table in made:
         table.show()
-    write(output / "training.md", made, results | large)
+    write(output / "training.md", made, results | aside)
     draw(results, output / "training.png")
     console.print(summary(results))
 
