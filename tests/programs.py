@@ -28,6 +28,7 @@ import numpy as np
 import optax
 import oracle
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import sparse
 
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr, testing
@@ -65,9 +66,12 @@ SMOOTH = (
     "jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y + 0.1 * {0}), {0})",
     "jnp.abs(jnp.exp(jax.lax.complex(0.1 * {0}, {0})) + 2.0)",
     "jnp.where(True, jnp.sin({0}), {0})",
+    "jnp.frexp(1.5 + jnp.square({0}))[0]",
+    "jax.scipy.stats.norm.ppf(0.1 + 0.8 * jax.nn.sigmoid({0}))",
+    "root({0})",
 )
 # Where the derivatives do not cancel at 0, as those of the sine integral do.
-ANY_DTYPE = tuple(x for x in SMOOTH if not re.search("array|complex|sici", x))
+ANY_DTYPE = tuple(x for x in SMOOTH if not re.search("array|complex|sici|root|ppf", x))
 KINKED = (
     "jax.nn.relu({0})",
     "jax.nn.elu({0})",
@@ -78,6 +82,7 @@ KINKED = (
     "jnp.where({0} > 0.0, jnp.log(jnp.where({0} > 0.0, {0}**2, 0.0)), 0.3)",
     "where_positive(jnp.log, jax.nn.relu({0}))",
     "where_positive(jnp.sqrt, jnp.where({0} > 0.2, {0}, 0.0))",
+    "where_positive(lambda x: x**-2, jnp.where({0} > 0.3, {0}, 0.0))",
 )
 BINARY = (
     "{0} + {1}",
@@ -107,6 +112,34 @@ HEADS = {
 def where_positive(fun: Callable[[Any], Any], x: Any) -> Any:
     """A function where it has a value and a derivative, 0 elsewhere."""
     return jnp.where(x > 0, fun(x), 0.0)
+
+
+@jax.custom_jvp
+def root(x: Any) -> Any:
+    """The ``y`` of ``y + tanh(y) / 2 = x``, by Newton's method."""
+
+    def step(state: Any) -> Any:
+        y, _ = state
+        excess = y + 0.5 * jnp.tanh(y) - x
+        return y - excess / (1.5 - 0.5 * jnp.tanh(y) ** 2), jnp.max(jnp.abs(excess), initial=0.0)
+
+    start = (x, jnp.ones((), x.dtype))
+    return jax.lax.while_loop(lambda state: state[1] > 1e-13, step, start)[0]
+
+
+@root.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    y = root(*primals)
+    return y, tangents[0] / (1.5 - 0.5 * jnp.tanh(y) ** 2)
+
+
+def sparse_product(entries: Any, dense: Any) -> Any:
+    """A sparse matrix with these entries, of which some share a place, times a dense one."""
+    at = np.arange(entries.size)
+    matrix = sparse.BCOO(
+        (entries, np.stack([at % 2, at % dense.shape[0]], 1)), shape=(2, dense.shape[0])
+    )
+    return matrix @ dense
 
 
 class Node(NamedTuple):
@@ -213,7 +246,8 @@ class Program:
         given = {"jax": jax, "jnp": jnp, "name": checkpoint_name, "where_positive": where_positive}
         scope = given | HEADS | self.constants
         scope |= {"functools": functools, "with_jvp": with_jvp, "with_vjp": with_vjp}
-        scope |= {"straight_through": straight_through_by}
+        scope |= {"straight_through": straight_through_by, "root": root}
+        scope |= {"sparse_product": sparse_product}
         exec(text, scope)
         shapes = {name: x.shape for name, x in (self.inputs | self.constants).items()}
         scope["f"].__doc__ = f"{text}\n{shapes}"
@@ -225,22 +259,22 @@ def definition(name: str, parameters: str, lines: list[str], result: str) -> str
     return f"def {name}({parameters}):\n{body}"
 
 
-def with_jvp(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def with_jvp(fun: Callable[..., Any]) -> Callable[..., Any]:
     """A function with a derivative rule of its own, which is not its derivative."""
 
     def rule(primals: Any, tangents: Any) -> Any:
         _, dy = jax.jvp(fun, primals, tangents)
-        return function(*primals), 0.7 * dy
+        return function(*primals), jax.tree.map(lambda x: 0.7 * x, dy)
 
     function = jax.custom_jvp(fun)
     function.defjvp(rule)
     return function
 
 
-def with_vjp(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def with_vjp(fun: Callable[..., Any]) -> Callable[..., Any]:
     """The same in reverse mode."""
 
-    def back(args: Any, g: jax.Array) -> Any:
+    def back(args: Any, g: Any) -> Any:
         return tuple(0.7 * x for x in jax.vjp(fun, *args)[1](g))
 
     function = jax.custom_vjp(fun)
@@ -369,7 +403,20 @@ def product(program: Program) -> None:
     )()
 
 
-OPERATIONS = (unary, unary, binary, binary, reduce, view, selection, product)
+def nothing(program: Program) -> None:
+    """Operands without entries."""
+    if x := program.pick(lambda x: x.shape):
+        none, n = f"jnp.sin({x}[:0])", x.shape[0]
+        program.choose(
+            lambda: program.add(f"jnp.concatenate([{none}, {x}])", x.shape),
+            lambda: program.add(f"{x} + jnp.sum({none}, 0, keepdims=True)", x.shape),
+            lambda: program.add(f"{x} * jnp.prod({none}, 0, keepdims=True)", x.shape),
+            lambda: program.add(f"{x} + jnp.vdot({none}, {none})", x.shape),
+            lambda: program.add(f"{x} + jnp.tensordot(jnp.ones(({n}, 0)), {none}, 1)", x.shape),
+        )()
+
+
+OPERATIONS = (unary, unary, binary, binary, reduce, view, selection, product, nothing)
 
 
 def grow(program: Program, count: int, operations: Sequence[Callable] = OPERATIONS) -> None:
@@ -412,6 +459,7 @@ def rare(program: Program) -> None:
         lambda: matrix_function(program),
         lambda: scaled_by_rank_0(program),
         lambda: derivative(program),
+        lambda: sparse_matrix(program),
         lambda: program.add(f"jax.nn.softmax({x}, {axes}, where={x} > 0.1)", x.shape),
     )()
 
@@ -439,6 +487,12 @@ def scaled_by_rank_0(program: Program) -> None:
     if (s := program.pick(lambda x: not x.shape)) and (x := program.pick()):
         none = "((), ()), ((), ())"
         program.add(f"jax.lax.dot_general({s}, {x}, ({none}))", x.shape)
+
+
+def sparse_matrix(program: Program) -> None:
+    """Products of a sparse and a dense matrix."""
+    if (x := program.pick(lambda x: x.shape)) and (y := program.pick(lambda y: len(y.shape) == 2)):
+        program.add(f"sparse_product({x}.reshape(-1), {y})", (2, y.shape[1]))
 
 
 def derivative(program: Program) -> None:
@@ -539,7 +593,7 @@ def branches(program: Program) -> None:
         grow_inside(body, program.rng.randint(0, 3))
         results.append(like(body, a.shape))
         functions.append(program.define(body, f"{a}", f"{results[-1]}"))
-    sign = f"jnp.sum({program.pick()}) > 0.1"
+    sign = program.choose(*[f"jnp.sum({program.pick()}) > 0.1"] * 4, "jnp.asarray(True)")
     if len(functions) == 2:
         call = f"jax.lax.cond({sign}, {', '.join(functions)}, {x})"
     else:
@@ -553,19 +607,27 @@ def own_rule(program: Program) -> None:
     body = program.inner(closed=True)
     arguments = [body.argument(x, x.shape) for x in operands]
     y = grow_inside(body, program.rng.randint(1, 4), (unary, binary, reduce, view, selection, rare))
+    results = [y] if program.rng.random() < 0.7 else [y, like(body, arguments[0].shape)]
     f = program.define(
         body,
         ", ".join(map(str, arguments)),
-        f"{y}",
+        f"[{joined(results)}]",
         program.choose("@with_jvp\n", "@with_vjp\n"),
     )
-    program.add(program.call(f"{f}({', '.join(map(str, operands))})", [y]), y.shape)
+    r = program.call(f"{f}({', '.join(map(str, operands))})", results)
+    for i, y in enumerate(results):
+        program.add(f"{r}[{i}]", y.shape)
 
 
 def straight_through(program: Program) -> None:
     """A function without a derivative, that has one by its own rule."""
     x = program.pick()
-    function = program.choose("jnp.round(2.0 * {0}) / 2.0", "jnp.sign({0})", "jnp.floor({0}) + 0.5")
+    function = program.choose(
+        "jnp.round(2.0 * {0}) / 2.0",
+        "jnp.sign({0})",
+        "jnp.floor({0}) + 0.5",
+        "jax.lax.while_loop(lambda y: jnp.sum(y**2) > 1.0, lambda y: 0.5 * y, {0})",
+    )
     text = f"straight_through(lambda x: {function.format('x')}, {program.choose(1.0, 0.7)})({x})"
     program.add(text, x.shape)
 
@@ -583,8 +645,11 @@ def counted(program: Program) -> None:
     program.lines.append("step = jax.new_ref(jnp.zeros(()))")
     length = program.rng.randint(1, 3)
     r = program.call(f"jax.lax.scan({f}, {x}, 0.5 * jnp.arange(1.0, {length + 1}))", [w, y])
-    program.add(f"{r}[0]", a.shape)
+    program.lines.append(f"at = {0.5 * length}")
+    z = program.add(f"{r}[0]", a.shape)
     program.add(f"{r}[1]", (length, *y.shape))
+    branch = f"jax.lax.cond(jnp.sum({z}) > 0.1, lambda z: z * {STEP}, jnp.sin, {z})"
+    program.add(program.choose(branch, f"{z} * {STEP}"), a.shape)
 
 
 STATEMENTS = (checkpoint, scan, fori_loop, branches, own_rule, straight_through)
