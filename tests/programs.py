@@ -243,7 +243,12 @@ class Program:
     def function(self, result: str) -> Callable[..., jax.Array]:
         """The program as a function of its inputs, with its text in ``__doc__``."""
         text = definition("f", ", ".join(self.inputs), self.lines, result)
-        given = {"jax": jax, "jnp": jnp, "name": checkpoint_name, "where_positive": where_positive}
+        given = {
+            "jax": jax,
+            "jnp": jnp,
+            "name": checkpoint_name,
+            "where_positive": where_positive,
+        }
         scope = given | HEADS | self.constants
         scope |= {"functools": functools, "with_jvp": with_jvp, "with_vjp": with_vjp}
         scope |= {"straight_through": straight_through_by, "root": root}
@@ -477,8 +482,13 @@ def matrix_function(program: Program) -> None:
         lambda: program.add(f"jnp.linalg.cholesky({a})", (n, n)),
         lambda: program.add(f"jnp.linalg.slogdet({a})[1]", ()),
         lambda: program.add(f"jnp.linalg.eigvalsh({a})", (n,)),
+        lambda: program.add(f"jnp.linalg.svd({a}, compute_uv=False)", (n,)),
+        lambda: program.add(f"jnp.linalg.qr({a})[1]", (n, n)),
+        lambda: program.add(f"jnp.linalg.det({a})", ()),
+        lambda: program.add(f"jax.scipy.linalg.solve_triangular({a}, {x}, lower=True)", (n, m)),
         lambda: program.add(f"jnp.abs(jnp.fft.rfft({x}, axis=0) + 2.0)", (n // 2 + 1, m)),
         lambda: program.add(f"jnp.fft.fft({x}).imag", (n, m)),
+        lambda: program.add(f"jnp.fft.irfft(jnp.fft.rfft({x}, axis=0) * 1j, {n}, axis=0)", (n, m)),
     )()
 
 
@@ -593,11 +603,11 @@ def branches(program: Program) -> None:
         grow_inside(body, program.rng.randint(0, 3))
         results.append(like(body, a.shape))
         functions.append(program.define(body, f"{a}", f"{results[-1]}"))
-    sign = program.choose(*[f"jnp.sum({program.pick()}) > 0.1"] * 4, "jnp.asarray(True)")
+    sign = program.choose(*[f"jnp.sum({program.pick()}) > 0.1"] * 4, "True")
     if len(functions) == 2:
         call = f"jax.lax.cond({sign}, {', '.join(functions)}, {x})"
     else:
-        call = f"jax.lax.switch(2 * ({sign}).astype(int), [{', '.join(functions)}], {x})"
+        call = f"jax.lax.switch(2 * jnp.asarray({sign}).astype(int), [{', '.join(functions)}], {x})"
     program.add(program.call(call, results), x.shape)
 
 
