@@ -65,7 +65,7 @@ def check(
 
 
 def computed(fun: Callable[..., Any], *args: Any) -> Any:
-    """What is under test: by NumPy, which takes a tenth of the time, or compiled."""
+    """What is under test: by NumPy, which takes less time, or compiled."""
     return jax.jit(fun)(*args) if COMPILED else interpreter.traced(fun, *args)
 
 

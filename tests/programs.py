@@ -1119,7 +1119,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="programs of each family")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--family", choices=FAMILIES, action="append")
-    parser.add_argument("--compiled", action="store_true", help="run by XLA, ten times as slow")
+    parser.add_argument("--compiled", action="store_true", help="run by XLA, which is slower")
     options = parser.parse_args()
     oracle.COMPILED = options.compiled
     gc.disable()  # what tracing leaves is collected with the caches
