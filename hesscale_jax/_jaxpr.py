@@ -554,13 +554,15 @@ class _Builder:
         _, carry, xs = scan_groups(eqn)
         if not isinstance(length, int) or not length or eqn.effects:
             return False
+        closed = _closed(eqn.params["jaxpr"])
+        if len(eqn.outvars) == len(carry) and not _chooses(closed):
+            return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
         moves = [isinstance(x, Value) and x in self._moving for x in inputs]
         if len(eqn.outvars) > len(carry) and (
             any(moves[i] for i in xs) or any(map(is_complex, avals))
         ):
             return False
-        closed = _closed(eqn.params["jaxpr"])
         variables = closed.jaxpr.invars
         moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
         known = {variables[i] for i in xs if self._entry(inputs[i], 0, None) is not None}
@@ -1048,6 +1050,14 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
 
     definition.__name__ = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
     return definition, rule
+
+
+def _chooses(closed: core.ClosedJaxpr) -> bool:
+    """Whether a branch is chosen, by a number of the step's it may be."""
+    return any(
+        eqn.primitive.name == "cond" or (eqn.primitive.name in CALLS and _chooses(called(eqn)))
+        for eqn in closed.jaxpr.eqns
+    )
 
 
 def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any]) -> float:

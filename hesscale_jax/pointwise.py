@@ -28,8 +28,8 @@ that what holds for all of its copies is computed once.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value, size
+from hesscale_jax._jaxpr import Equation, Value, dimension, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
@@ -89,17 +89,25 @@ class Derived:
     slope: Coefficient = 1.0
 
 
+class Split(NamedTuple):
+    """A value by its derivatives in some sources, and a root of the others."""
+
+    slopes: dict[Value, Coefficient]
+    rest: Root | None
+
+
 class BlockArithmetic:
     """Processes the equations of one block, one at a time, in program order."""
 
     def __init__(self, block: Block, spread_of: Callable[[Value], Any]) -> None:
         """``spread_of`` gives the spread with which a value made elsewhere enters the block."""
-        self._block = block
+        self.block = block
         self._frame, self._reduced = block.frame, block.reduced
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Value, Any] = {}  # of sources, in the frame
+        self._joint: dict[tuple[Value, Value], Any] = {}  # covariances of two sources, both ways
         self._covariances: dict[tuple[Any, Any], Any] = {}  # of roots and sums
         self._local_covariances: dict[tuple[Local, Local], Any] = {}
 
@@ -132,13 +140,13 @@ class BlockArithmetic:
             # The gradient's slopes are those of jax.grad, the block's do not saturate.
             slopes, curvatures = rule.derivatives(eqn, _jaxpr.bind(eqn, *wide), wide, active)
 
-        spans = self._block.spans[value]
-        entered = {i: self._enter(_plain(c), spans) for i, c in slopes.items()}
+        spans = self.block.spans[value]
+        entered = {i: self.enter(_plain(c), spans) for i, c in slopes.items()}
         if rule.cuts:
             entered = {i: _cut(slope) for i, slope in entered.items()}
         bent = {}
         if curved:
-            bent = {pair: self._enter(_plain(c), spans) for pair, c in curvatures.items()}
+            bent = {pair: self.enter(_plain(c), spans) for pair, c in curvatures.items()}
         parts = {i: self._part(eqn.inputs[i], value) for i in active}
         self._derived[value] = self._compose(parts, entered)
         shift = total(_as(shift, value), self._bend(parts, bent, value))
@@ -155,7 +163,7 @@ class BlockArithmetic:
             self._derived[value] = u
         else:
             weights = _plain(rule.weights(eqn, primals, s))
-            c = times(self._enter(weights, self._block.spans[operand]), u.slope)
+            c = times(self.enter(weights, self.block.spans[operand]), u.slope)
             self._derived[value] = Derived(_mixed({self._sum_of(u.root, c): 1.0}))
         return Moments(s, shift)
 
@@ -191,15 +199,97 @@ class BlockArithmetic:
             yield from ((h, k) for h, k in arrays if isinstance(h[k], jax.Array))
             if key in self._spreads:
                 yield self._spreads, key
+                yield from ((self._joint, pair) for pair in self._joint if key in pair)
 
     def forget(self, sources: Iterable[Value], values: Iterable[Value]) -> None:
         """Take these sources in anew, without these values, and compute covariances anew."""
-        for source in sources:
+        gone = frozenset(sources)
+        for source in gone:
             del self._spreads[source], self._derived[source]
+        for pair in [pair for pair in self._joint if not gone.isdisjoint(pair)]:
+            del self._joint[pair]
         for value in values:
             self._derived.pop(value, None)
         self._covariances.clear()
         self._local_covariances.clear()
+
+    # A loop that is part of the block: see hesscale_jax.loops
+
+    def covariance(self, a: Value | Root | None, b: Value | Root | None) -> Any:
+        """``cov(a, b)``, in the frame."""
+        if a is None or b is None:
+            return None
+        x, y = (self._read(v) if isinstance(v, Value) else Derived(v) for v in (a, b))
+        return scaled(x.slope, scaled(y.slope, self._cov(x.root, y.root)))
+
+    def take_in(self, covariances: dict[tuple[Value, Value], Any]) -> None:
+        """Sources by their covariances, in the frame: of a pair, or the spread of one."""
+        for (a, b), covariance in covariances.items():
+            if a is b:
+                self._spreads[a] = covariance
+            else:
+                self._joint[a, b] = self._joint[b, a] = covariance
+
+    def define(
+        self, value: Value, slopes: dict[Value, Coefficient], lying: dict[Value, Spans]
+    ) -> None:
+        """A value by its derivatives in sources, which lie at these spans."""
+        own = self._repeated(self.block.spans[value])
+        alike: dict[Value, Coefficient] = {}
+        parts: dict[Any, Coefficient] = {}
+        for source, slope in slopes.items():
+            repeated = self._repeated(lying[source])
+            if repeated == own:
+                alike[source] = slope
+            else:
+                parts[Local({source: 1.0}, repeated)] = slope
+        if alike or not parts:
+            parts[Local(alike, own)] = 1.0
+        self._derived[value] = Derived(_mixed(parts) if len(parts) > 1 else next(iter(parts)))
+
+    def derive(self, value: Value, slopes: dict[Value, Coefficient], rest: Value | None) -> None:
+        """A value by its derivatives in others of the block, and a source of its own."""
+        parts = dict(enumerate(self._part(operand, value) for operand in slopes))
+        entered = dict(enumerate(slopes.values()))
+        if rest is not None:
+            repeated = self._repeated(self.block.spans[value])
+            parts[-1] = self._derived[rest] = Derived(Local({rest: 1.0}, repeated))
+            entered[-1] = 1.0
+        self._derived[value] = self._compose(parts, entered)
+
+    def split(self, values: Sequence[Value], known: Container[Value]) -> list["Split"]:
+        """``v = sum_x dv/dx x + r`` over the sources that are known: the slopes, and ``r``.
+
+        Of the known ones no sum is taken, but of those that are the same along it.
+        """
+        rests: dict[Any, Any] = {}
+
+        def rest(leaf: Any) -> Any:
+            if leaf not in rests:
+                if isinstance(leaf, Sum):
+                    parts = {left: w for x, w in leaf.of_local.items() if (left := rest(x))}
+                    rests[leaf] = Sum(parts) if parts else None
+                else:
+                    others = {s: c for s, c in leaf.of_source.items() if s not in known}
+                    rests[leaf] = Local(others, leaf.repeated) if others else None
+            return rests[leaf]
+
+        found = []
+        for value in values:
+            v, slopes, left = (
+                self._read(value),
+                dict[Value, Coefficient](),
+                dict[Any, Coefficient](),
+            )
+            for leaf, d in _leaves({v.root: v.slope}).items():
+                of_local = leaf.of_local if isinstance(leaf, Sum) else {leaf: 1.0}
+                for local, w in of_local.items():
+                    inside = {s: c for s, c in local.of_source.items() if s in known}
+                    _add(slopes, inside, times(d, w))
+                if rest(leaf):
+                    left[rest(leaf)] = d
+            found.append(Split(slopes, _mixed(left) if left else None))
+        return found
 
     # Derivatives in roots, sources and sums
 
@@ -207,11 +297,15 @@ class BlockArithmetic:
         if value not in self._derived:
             spread = self._spread_of(value)
             if spread is not None:
-                self._spreads[value] = self._enter(spread, self._block.spans[value])
-            view = self._block.view(self._block.spans[value])
-            repeated = tuple(axis for axis in self._reduced if view[axis] == 1)
+                self._spreads[value] = self.enter(spread, self.block.spans[value])
+            repeated = self._repeated(self.block.spans[value])
             self._derived[value] = Derived(Local({value: 1.0}, repeated))
         return self._derived[value]
+
+    def _repeated(self, spans: Spans) -> tuple[int, ...]:
+        """The reduced axes along which what lies at ``spans`` has size 1."""
+        view = self.block.view(spans)
+        return tuple(axis for axis in self._reduced if view[axis] == 1)
 
     def _part(self, operand: Value, result: Value) -> Derived:
         """An operand of a result, as a root of its own if it is broadcast to it."""
@@ -268,6 +362,8 @@ class BlockArithmetic:
             return self._mixed_cov(a, b)
         if isinstance(a, Sum):
             terms = (scaled(w, self._cov(x, b)) for x, w in a.of_local.items())
+            if isinstance(b, Local):
+                terms = (self._sum(x, b.repeated) for x in terms)
             if isinstance(b, Sum):
                 # Each term by itself: one of repeated sources is not there at every position.
                 terms = (self._sum(x, self._reduced) for x in terms)
@@ -282,12 +378,16 @@ class BlockArithmetic:
         """``c(a, b)``, computed once as well."""
         if (a, b) not in self._local_covariances:
             terms = (
-                scaled(d, scaled(b.of_source[source], self._spreads.get(source)))
-                for source, d in a.of_source.items()
-                if source in b.of_source
+                scaled(d, scaled(e, self._between(x, y)))
+                for x, d in a.of_source.items()
+                for y, e in b.of_source.items()
             )
             self._local_covariances[a, b] = self._local_covariances[b, a] = total(*terms)
         return self._local_covariances[a, b]
+
+    def _between(self, a: Value, b: Value) -> Any:
+        """The covariance of two sources."""
+        return self._spreads.get(a) if a is b else self._joint.get((a, b))
 
     def _mixed_cov(self, a: Mixed, b: Root | Sum) -> Any:
         """``sum_l a_l cov(l, b)`` over the parts of ``a``."""
@@ -300,27 +400,40 @@ class BlockArithmetic:
 
     # Between the shape of a value and the block's frame
 
-    def _enter(self, coefficient: Coefficient, spans: Spans) -> Coefficient:
+    def enter(self, coefficient: Coefficient, spans: Spans) -> Coefficient:
         """A coefficient that broadcasts to a value at ``spans``, in the frame."""
         if isinstance(coefficient, float):
             return coefficient
         if isinstance(coefficient, Cut):
-            parts = (self._enter(x, spans) for x in (coefficient.where, coefficient.number))
+            parts = (self.enter(x, spans) for x in (coefficient.where, coefficient.number))
             return Cut(*parts)
         if coefficient.dtype != jnp.bool_ and coefficient.dtype != self._dtype:
             coefficient = lax.convert_element_type(coefficient, self._dtype)
         if jnp.ndim(coefficient) == 0:
             return coefficient
         occupied = (s for n, s in zip(coefficient.shape, spans, strict=True) if n != 1)
-        return _reshaped(coefficient, self._block.view(tuple(occupied)))
+        return _reshaped(coefficient, self.block.view(tuple(occupied)))
 
     def _leave(self, array: Any, value: Value) -> Any:
-        """The reverse of ``_enter`` for an array: in the value's shape and spread dtype."""
+        """The reverse of ``enter`` for an array: in the value's shape and spread dtype."""
         if array is None:
             return None
-        view = self._block.view(self._block.spans[value])
+        view = self.block.view(self.block.spans[value])
         array = array if array.shape == view else jnp.broadcast_to(array, view)
         return lax.convert_element_type(_reshaped(array, value.shape), spread_dtype(value.dtype))
+
+    def full(self, x: Coefficient, spans: Spans) -> Any:
+        """A coefficient or covariance at every position of ``spans``, in the frame."""
+        x = 0.0 if x is None else _number(x)
+        return jnp.broadcast_to(jnp.asarray(x, self._dtype), self.block.view(spans))
+
+    def leave_along(self, array: Any, spans: Spans, axes: Sequence[int]) -> Any:
+        """An array with an axis for each of the spans: of size 1, but along ``axes``."""
+        if array is None:
+            return None
+        array = self.full(array, tuple(spans[i] for i in axes))
+        sizes = [dimension(hi // lo) if i in axes else 1 for i, (lo, hi) in enumerate(spans)]
+        return _reshaped(array, tuple(sizes))
 
     def _sum(self, x: Coefficient, axes: Sequence[int], missing: bool = False) -> Coefficient:
         """The sum over axes of the frame, which stay with size 1.

@@ -16,8 +16,10 @@ from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.layout import arrivals, reads
+from hesscale_jax.loops import LoopArithmetic
 from hesscale_jax.moments import Moments
 from hesscale_jax.pointwise import BlockArithmetic
+from hesscale_jax.rules.control_flow import filled, run_steps
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.multilinear import multilinear
@@ -84,6 +86,7 @@ class _Walk:
         self._arriving = self._routed()
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
+        self._kept: Container[Value] = ()  # what is read, in its block, when all has run
 
     def run(self) -> list[Moments]:
         self._run(self._program.equations, None)
@@ -119,6 +122,8 @@ class _Walk:
         if eqn not in self.plan.rules:
             return list(map(Moments, _jaxpr.run(eqn, *(self._read(v).primal for v in eqn.inputs))))
         rule = self.plan.rules[eqn]
+        if eqn in self.plan.loops:
+            return self._loop_in_block(eqn)
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
         operands = [self._collapsed(v) for v in eqn.inputs]
@@ -138,6 +143,39 @@ class _Walk:
         if isinstance(rule, Reduction):
             return arithmetic.reduction(eqn, rule, operands)
         return arithmetic.view(eqn, operands)
+
+    def _loop_in_block(self, eqn: Equation) -> list[Moments]:
+        """A loop that a block leads through: the body is part of the block."""
+        (body,), through = eqn.bodies, self.plan.loops[eqn]
+        around = self._arithmetic(self.plan.blocks[eqn])
+        arithmetic = LoopArithmetic(eqn, through, around)
+        head = self.head and self.head.inside(
+            eqn, body, through.plan.rules, affine_in(through.plan)
+        )
+        groups = _jaxpr.scan_groups(eqn)
+        consts, carry = ([self._read(eqn.inputs[i]) for i in group] for group in groups[:2])
+        xs = [self._collapsed(eqn.inputs[i]) for i in groups[2]]
+        moving = [i in through.carries for i in range(len(carry))]
+
+        def handed_on(carry: Sequence[Moments]) -> list[Moments]:
+            return [x._replace(spread=None) for x in filled(carry, moving)]
+
+        def step(state: Any, xs: list[Moments]) -> Any:
+            carry, carried = state
+            walk = _Walk(body.program, [*consts, *carry, *xs], through.plan, self.rules, head, True)
+            walk._kept = frozenset(arithmetic.handed_on)
+            inside = walk._arithmetic(through.block)
+            walk._made_in.update(dict.fromkeys(arithmetic.enter(carried, inside), inside))
+            walk._run(body.program.equations, None)
+            carry = handed_on(list(map(walk._read, arithmetic.handed_on)))
+            ys = list(map(walk._collapsed, body.program.outputs[len(carry) :]))
+            return (carry, arithmetic.leave(inside)), ys
+
+        start = handed_on(carry), arithmetic.start()
+        (carry, carried), ys = run_steps(eqn, step, start, xs, Recursion(self, eqn).policy)
+        arithmetic.finish(carried)
+        self._made_in.update((eqn.outputs[i], around) for i in through.carries)
+        return [*carry, *ys]
 
     def _arithmetic(self, block: Block) -> BlockArithmetic:
         if block not in self._blocks:
@@ -171,6 +209,7 @@ class _Walk:
         handed = dict.fromkeys(v for v, _ in reading)
         handed.update((v, None) for v in self._program.outputs if v in made)
         shared = dict.fromkeys(v for v, eqn in reading if self._stays(v, eqn))
+        shared.update((v, None) for v in made if v in self._kept and v in self._home)
         spread = [v for v, eqn in reading if eqn in self.plan.rules and not self._stays(v, eqn)]
         spread += [v for v in self._program.outputs if v in made and self._spreads]
 
@@ -232,7 +271,8 @@ class _Walk:
     @functools.cached_property
     def _home(self) -> dict[Value, Block]:
         """The block that makes a value."""
-        return {v: block for eqn, block in self.plan.blocks.items() for v in eqn.outputs}
+        made = ((v, block) for eqn, block in self.plan.blocks.items() for v in eqn.outputs)
+        return {v: block for v, block in made if v in block.spans}
 
     @functools.cached_property
     def _readers(self) -> dict[Value, list[Equation]]:

@@ -208,12 +208,21 @@ def solve(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]:
+    return scanned(
+        interpreter, eqn, operands, functools.partial(interpreter.run, eqn.params["jaxpr"])
+    )
+
+
+def scanned(
+    interpreter: Interpreter, eqn: Any, operands: list[Any], step: Callable[[list[Any]], list[Any]]
+) -> list[Any]:
+    """A loop, by the function of a step."""
     consts, carry, xs = ([operands[i] for i in group] for group in _jaxpr.scan_groups(eqn))
     count, length = len(carry), eqn.params["length"]
     steps: list[list[Any]] = [[]] * length
     for t in reversed(range(length)) if eqn.params["reverse"] else range(length):
         read = [*consts, *carry, *(interpreter.at(x, t) for x in xs)]
-        results = interpreter.run(eqn.params["jaxpr"], read)
+        results = step(read)
         carry, steps[t] = results[:count], results[count:]
     ys = (
         interpreter.stacked([step[i] for step in steps], v.aval)

@@ -118,7 +118,7 @@ def backward(
             read = [v for eqn in unit for v in eqn.inputs if v in steps.active and v not in made]
             sources = list(dict.fromkeys(read))
             outputs = [v for v in made if v in came_back]
-            function = block_function(unit, env, sources, outputs)
+            function = block_function(unit, env, sources, outputs, steps)
             cotangents = [came_back[v] for v in outputs]
             found = back_through(function, [env[v] for v in sources], cotangents)
         else:
@@ -193,22 +193,46 @@ def units(steps: Plan) -> list[Unit]:
 
 
 def block_function(
-    unit: Unit, env: dict[Value, Any], sources: Sequence[Value], outputs: Sequence[Value]
+    unit: Unit,
+    env: dict[Value, Any],
+    sources: Sequence[Value],
+    outputs: Sequence[Value],
+    steps: Plan,
 ) -> Callable[[list[Series]], list[Series]]:
     """A block as a function of what it reads."""
 
     def function(xs: list[Series]) -> list[Series]:
-        inside = dict(zip(sources, xs, strict=True))
-
-        def read(v: Value | Constant) -> Series:
-            return inside[v] if v in inside else Series(operand(env, v))
-
+        inside = {v: Series(x) for v, x in env.items()} | dict(zip(sources, xs, strict=True))
         for eqn in unit:
-            results = interpreter.Expansions().apply(eqn, list(map(read, eqn.inputs)))
-            inside.update(zip(eqn.outputs, results, strict=True))
+            run_in_block(eqn, inside, steps)
         return [inside[v] for v in outputs]
 
     return function
+
+
+def run_in_block(eqn: Equation, env: dict[Value, Series], steps: Plan) -> None:
+    """Run an equation, a loop step by step; no derivative flows through what is on no path."""
+    expansions = interpreter.Expansions()
+
+    def read(atom: Value | Constant) -> Series:
+        return env[atom] if isinstance(atom, Value) else Series(operand({}, atom))
+
+    operands = list(map(read, eqn.inputs))
+    if eqn not in steps.rules:
+        operands = [Series(x.x) for x in operands]
+    if eqn not in steps.loops:
+        env.update(zip(eqn.outputs, expansions.apply(eqn, operands), strict=True))
+        return
+    (body,), inner = eqn.bodies, steps.loops[eqn].plan
+
+    def step(read: list[Series]) -> list[Series]:
+        inside = dict(zip(body.program.inputs, read, strict=True))
+        for each in body.program.equations:
+            run_in_block(each, inside, inner)
+        results = body.program.outputs
+        return [inside[v] if isinstance(v, Value) else Series(operand({}, v)) for v in results]
+
+    env.update(zip(eqn.outputs, interpreter.scanned(expansions, eqn, operands, step), strict=True))
 
 
 class At(NamedTuple):

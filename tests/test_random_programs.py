@@ -28,6 +28,7 @@ EXAMPLES = {
     "block": 15,
     "views": 20,
     "chain": 15,
+    "loop": 20,
     "last_layer": 15,
     "plain_last_layer": 10,
     "units": 7,
