@@ -191,10 +191,7 @@ class BlockArithmetic:
         (shift,) = push(eqn, primals, [x.shift for x in operands])
         kept = self._kept(primals[1], by, self._block.spans[value])
         x = self._read(operand)
-        slope = x.slope
-        if self._along is not None and not isinstance(slope, float):
-            slope = self._along.padded(self._along.of_entries(_number(slope)))
-        self._derived[value] = Derived(x.root, times(kept, slope) if by.drops else slope)
+        self._derived[value] = Derived(x.root, times(kept, x.slope) if by.drops else x.slope)
         return Moments(_jaxpr.bind(eqn, *primals), shift)
 
     def _kept(self, indices: Any, by: Segmented, spans: Spans) -> Any:

@@ -392,6 +392,9 @@ BLOCKS: dict[str, Case] = {
     ),
     "segment norm": (lambda x: normalised_by_segments(x, SEGMENTS, 3), x),
     "segment norm, with scales": (lambda x, p: p * normalised_by_segments(x, SEGMENTS, 5), x, normal(1, 6)),
+    "segment sum, of negative ids that are dropped": (
+        lambda x: jnp.exp(x) / (1 + segment_sum(jnp.exp(x), unknown(SEGMENTS - 1), 3)[unknown(SEGMENTS - 1)]), x,
+    ),
     "segment norm, of negative ids": (lambda x: normalised_by_segments(x, unknown(SEGMENTS - 3), 3), x),
     "segment maximum": (lambda x: jnp.exp(x - segment_max(x, SEGMENTS, 3)[SEGMENTS] ** 2), x),
     "segment minimum, of ties": (lambda x: x * segment_min(x, SEGMENTS, 3)[SEGMENTS], TIES),
