@@ -453,8 +453,9 @@ class _Grouping:
                         block = self._join(eqn, rule, operands, level)
             else:
                 level += 1
+            ends = eqn in self._segments and self._segments[eqn].ends
             for value in eqn.outputs:
-                self._level[value] = level
+                self._level[value] = level + ends
                 if block is not None:
                     self._home[value] = block
             if block is not None:
