@@ -20,6 +20,10 @@ odds with itself when two equations put one value at different spans, or when tw
 What has an entry for each segment of :mod:`hesscale_jax.segments`, instead of one for each id, lies
 at the span of the ids ``by`` segments, and a sum by segments is a reduction of that span. A block
 has one such span at most.
+
+A loop belongs to a block if its body is one, in which the carries start and end at the same spans,
+what is read at every step lies along them, and nothing that a step hands on takes in a sum over
+either. What is scanned over enters step by step, and has no place in the frame.
 """
 
 import dataclasses
@@ -27,9 +31,10 @@ import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, dimension, is_inexact, size
 from hesscale_jax.along import Along
-from hesscale_jax.rules.control_flow import ControlFlow
+from hesscale_jax.rules.control_flow import ControlFlow, scan
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.selection import (
     Join,
@@ -41,7 +46,7 @@ from hesscale_jax.rules.selection import (
 )
 from hesscale_jax.segments import Ids, Segmented, segmented
 
-__all__ = ["Block", "Loop", "Plan", "loop", "plan"]
+__all__ = ["Block", "Loop", "Plan", "Through", "loop", "moved", "plan"]
 
 
 class Segments(NamedTuple):
@@ -78,10 +83,12 @@ class Block:
 
     Attributes:
       spans: Where each value that the block reads or makes lies in the frame.
+      scanned: What its loops scan over, each only one of them. Nothing else of it reads that.
     """
 
     def __init__(self, entries: int) -> None:
         self.spans: dict[Value, Spans] = {}
+        self.scanned: frozenset[Value] = frozenset()
         self._of_shape: dict[tuple[int, ...], dict[Spans, None]] = {}
         self._reduced: tuple[Span, ...] | None = None
         self._segments: Span | None = None
@@ -121,6 +128,10 @@ class Block:
             dimension(axis.hi // axis.lo) if _inside(axis, spans) else 1 for axis in self._axes()
         )
 
+    def axes_along(self, spans: Spans) -> Spans:
+        """The axes of the frame that ``spans`` consist of."""
+        return tuple(axis for axis in self._axes() if _inside(axis, spans))
+
     def _axes(self) -> Iterator[Span]:
         return map(Span, self._bounds, self._bounds[1:])
 
@@ -131,9 +142,17 @@ class Block:
         placed: dict[Value, Spans],
         reduced: tuple[Span, ...] | None = None,
         bounds: Iterable[int] = (),
+        scanned: frozenset[Value] = frozenset(),
     ) -> None:
-        """Add values at their spans, the spans that a reduction runs over, and other bounds."""
+        """Add values at their spans, the spans that a reduction runs over, and other bounds.
+
+        Or what a loop scans over.
+        """
         if any(self.spans.get(value, spans) != spans for value, spans in placed.items()):
+            raise DoesNotFit
+        if self.scanned & scanned or not (self.scanned | scanned).isdisjoint(placed):
+            raise DoesNotFit
+        if not scanned.isdisjoint(self.spans):
             raise DoesNotFit
         if reduced is not None and self._reduced not in (None, reduced):
             raise DoesNotFit
@@ -144,6 +163,7 @@ class Block:
         if segments is not None and any(segments.lo < b < segments.hi for b in refined):
             raise DoesNotFit
         self._bounds, self._reduced, self._segments = refined, reduced, segments
+        self.scanned |= scanned
         self.spans.update(placed)
         for value, spans in placed.items():
             self._of_shape.setdefault(value.sizes, {})[spans] = None
@@ -174,7 +194,7 @@ class Block:
         """Take over another block, each span of whose frame is moved to one of this one's."""
         spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
         reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        self.place(spans, reduced, _ends(map(move, other._axes())))
+        self.place(spans, reduced, _ends(map(move, other._axes())), other.scanned)
 
 
 def _ends(spans: Iterable[Span]) -> Iterator[int]:
@@ -301,12 +321,14 @@ class Plan:
       rules: The rule of each equation on such a path.
       blocks: The block of each equation that is in one.
       segments: The scatters and gathers that undo each other.
+      loops: How a block leads through the loops among them.
     """
 
     active: frozenset[Value]
     rules: dict[Equation, Any]
     blocks: dict[Equation, Block]
     segments: dict[Equation, Segmented]
+    loops: "dict[Equation, Through]"
 
 
 def plan(
@@ -325,7 +347,10 @@ def plan(
     """
     active, rules = _paths(program, moving, wanted, find)
     segments = segmented(program, rules, active)
-    return Plan(active, rules, _Grouping(active, segments).run(rules), segments)
+    found = {eqn: _through(eqn, active, find) for eqn, rule in rules.items() if rule is scan}
+    loops = {eqn: through for eqn, through in found.items() if through is not None}
+    blocks = _Grouping(active, segments, loops).run(rules)
+    return Plan(active, rules, blocks, segments, loops)
 
 
 # Paths
@@ -424,12 +449,151 @@ def _moving(
         moves |= more
 
 
+# Loops within blocks
+
+
+class Through(NamedTuple):
+    """How a block leads through a loop.
+
+    Attributes:
+      plan: The analysis of the body, all of whose equations on a path are in one block.
+      block: That block.
+      guide: The largest of the carries on a path, by its number.
+      axes: The axes of that frame along which the guide lies.
+      operands: Where what is read at every step, or is carried first, lies in the frame.
+      carries: Where each of the carries on a path does.
+      scanned: What is scanned over.
+      depends: The operands that each of the carries depends on at any step.
+      fed: The carries that depend on what is scanned over.
+    """
+
+    plan: Plan
+    block: Block
+    guide: int
+    axes: Spans
+    operands: dict[Value, Spans]
+    carries: dict[int, Spans]
+    scanned: frozenset[Value]
+    depends: dict[int, frozenset[Value]]
+    fed: frozenset[int]
+
+
+def _through(
+    eqn: Equation, active: frozenset[Value], find: Callable[[Equation], Any]
+) -> Through | None:
+    """How a block leads through a loop; ``None`` if it does not."""
+    (body,) = eqn.bodies
+    consts, carry, xs = _jaxpr.scan_groups(eqn)
+    length = eqn.params["length"]
+    if eqn.sources[0].effects or not isinstance(length, int) or length == 0:
+        return None
+    inputs, outputs = body.program.inputs, body.program.outputs
+    paths = loop(eqn, body, active, active, find)
+    wanted = [outputs[i] for i in sorted(paths.wanted)]
+    steps = plan(body.program, paths.moving, wanted, find)
+    block = _one(steps)
+    if block is None:
+        return None
+    steps = dataclasses.replace(steps, blocks=dict.fromkeys(steps.rules, block))
+
+    first = carry.start
+    carries = [i for i in range(len(carry)) if outputs[i] in steps.active]
+    read = [i for i in (*consts, *carry) if inputs[i] in steps.active]
+    scanned = [eqn.inputs[i] for i in xs if inputs[i] in steps.active]
+    lying = [*(inputs[i] for i in read), *(outputs[i] for i in carries)]
+    moving = {i: eqn.inputs[i] for i in read if eqn.inputs[i] in active}
+    if (
+        not carries
+        or any(v not in block.spans for v in lying)
+        or any(i in carry and i - first not in carries for i in read)
+        or any(
+            block.spans[inputs[i]] != block.spans[outputs[i - first]] for i in read if i in carry
+        )
+        or len({*scanned, *moving.values()}) < len(scanned) + len({*moving.values()})
+    ):
+        return None
+    guide = max(carries, key=lambda i: size(outputs[i].sizes))
+    axes = block.axes_along(block.spans[outputs[guide]])
+    operands = {x: block.spans[inputs[i]] for i, x in moving.items()}
+    if any(operands[x] != block.spans[inputs[i]] for i, x in moving.items()):
+        return None
+    if any(axis not in axes for v in lying for axis in block.axes_along(block.spans[v])):
+        return None
+    scanned_in = {inputs[i]: i for i in xs if inputs[i] in steps.active}
+    depends, summed = _dependencies(steps, {inputs[i]: i for i in read}, scanned_in)
+    view = block.view(axes)
+    across = any(view[axis] != 1 for axis in block.reduced)  # else no sum is over a carry
+    if across and any(outputs[i] in summed for i in carries):
+        return None
+    reach = {i: depends[outputs[i]] for i in carries}
+    while True:
+        more = {
+            i: found.union(*(reach[j - first] for j in found if j in carry))
+            for i, found in reach.items()
+        }
+        if more == reach:
+            break
+        reach = more
+    return Through(
+        plan=steps,
+        block=block,
+        guide=guide,
+        axes=axes,
+        operands=operands,
+        carries={i: block.spans[outputs[i]] for i in carries},
+        scanned=frozenset(scanned),
+        depends={
+            i: frozenset(moving[j] for j in (found | {first + i}) & moving.keys())
+            for i, found in reach.items()
+        },
+        fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),
+    )
+
+
+def _one(steps: Plan) -> Block | None:
+    """One block of all of a program's blocks, if all equations on a path are in one."""
+    blocks = dict.fromkeys(steps.blocks.get(eqn) for eqn in steps.rules)
+    if not blocks or None in blocks:
+        return None
+    one, *others = sorted(filter(None, blocks), key=lambda block: -block.entries)
+    try:
+        for other in others:
+            if other.entries not in (1, one.entries):
+                raise DoesNotFit
+            one.absorb(other, lambda span: span)
+    except DoesNotFit:
+        return None
+    return one
+
+
+def _dependencies(
+    steps: Plan, local: dict[Value, int], others: dict[Value, int]
+) -> tuple[dict[Value, frozenset[int]], set[Value]]:
+    """The sources that each value depends on, and the values that take in sums over local ones."""
+    depends = {v: frozenset([i]) for v, i in (*local.items(), *others.items())}
+    summed: set[Value] = set()
+    for eqn, rule in steps.rules.items():
+        operands = [v for v in eqn.inputs if v in steps.active]
+        found = frozenset[int]().union(*(depends[v] for v in operands))
+        depends.update(dict.fromkeys(eqn.outputs, found))
+        sums = isinstance(rule, Reduction) and not found.isdisjoint(local.values())
+        if sums or not summed.isdisjoint(operands):
+            summed.update(eqn.outputs)
+    return depends, summed
+
+
 class _Grouping:
     """Walks the equations in program order and puts each into a block, if it belongs in one."""
 
-    def __init__(self, active: frozenset[Value], segments: dict[Equation, Segmented]) -> None:
+    def __init__(
+        self,
+        active: frozenset[Value],
+        segments: dict[Equation, Segmented],
+        loops: dict[Equation, Through],
+    ) -> None:
         self._active = active
         self._segments = segments
+        self._loops = loops
         self._level: dict[Value, int] = {}
         self._home: dict[Value, Block] = {}  # the block that makes a value
         self._into: dict[Block, Block] = {}  # absorbed blocks
@@ -441,7 +605,8 @@ class _Grouping:
             operands = [v for v in eqn.inputs if v in self._active]
             level = max(self._level.get(v, 0) for v in operands)
             block = None
-            if isinstance(rule, Pointwise | Reduction | View | Join) or eqn in self._segments:
+            fits = isinstance(rule, Pointwise | Reduction | View | Join)
+            if fits or eqn in self._segments or eqn in self._loops:
                 for value in self._waiting.intersection(operands):
                     self._waiting.remove(value)
                     self._level[value] = level
@@ -453,10 +618,10 @@ class _Grouping:
                         block = self._join(eqn, rule, operands, level)
             else:
                 level += 1
-            ends = eqn in self._segments and self._segments[eqn].ends
+            outside = [v for i, v in enumerate(eqn.outputs) if self._is_handed_out(eqn, i)]
             for value in eqn.outputs:
-                self._level[value] = level + ends
-                if block is not None:
+                self._level[value] = level + (value in outside and block is not None)
+                if block is not None and value not in outside:
                     self._home[value] = block
             if block is not None:
                 member[eqn] = block
@@ -466,6 +631,8 @@ class _Grouping:
 
     def _join(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block:
         """Put an equation into the block of its operands, or raise ``DoesNotFit``."""
+        if eqn in self._loops:
+            return self._join_loop(eqn, self._loops[eqn], level)
         homes = {v: self._current(self._home[v]) for v in operands if self._is_made_at(v, level)}
         (result,) = eqn.outputs
         if isinstance(rule, Pointwise):
@@ -519,6 +686,38 @@ class _Grouping:
             made = tuple(Span(span.lo, span.hi) for span in block.spans[operand])
         block.place({operand: by_segments(made, segments), result: made})
         return block
+
+    def _join_loop(self, eqn: Equation, through: Through, level: int) -> Block:
+        """Put a loop into the block of what it carries, or raise ``DoesNotFit``."""
+        if any(self._is_made_at(v, level) for v in through.scanned):
+            raise DoesNotFit
+        made = [v for v in through.operands if self._is_made_at(v, level)]
+        homes = {v: self._current(self._home[v]) for v in made}
+        result = eqn.outputs[through.guide]
+        spans, entries = row_major(result.sizes), size(result.sizes)
+        alike = [v for v in homes if v.sizes == result.sizes and entries > 1]
+        if alike:
+            guide = max(alike, key=lambda v: homes[v].entries)
+            spans, entries = homes[guide].spans[guide], homes[guide].entries
+        elif homes and entries == 1:
+            entries = max(home.entries for home in homes.values())
+        move = moved(through.carries[through.guide], spans)
+        placed = {v: tuple(map(move, at)) for v, at in through.operands.items()}
+        block = self._merge(result, spans, placed, homes, entries)
+        results = {eqn.outputs[i]: tuple(map(move, at)) for i, at in through.carries.items()}
+        bounds = _ends(map(move, through.axes))
+        block.place(results, bounds=bounds, scanned=through.scanned)
+        return block
+
+    def _is_handed_out(self, eqn: Equation, position: int) -> bool:
+        """Whether a result is read in other blocks alone.
+
+        What a loop hands out at each step has no place in the frame. A sum by segments that nothing
+        takes back has one, but what is computed of it is smaller outside.
+        """
+        if eqn in self._segments:
+            return self._segments[eqn].ends
+        return eqn in self._loops and position not in self._loops[eqn].carries
 
     def _fill_frame(
         self, result: Value, dimensions: dict[Value, Sequence[int]], homes: dict[Value, Block]
@@ -575,7 +774,14 @@ def _move(
         raise DoesNotFit
     if stays:
         return None
-    old, new = home.spans[full], placed[full]
+    move = moved(home.spans[full], placed[full])
+    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
+        raise DoesNotFit
+    return move
+
+
+def moved(old: Spans, new: Spans) -> Callable[[Span], Span]:
+    """Where the spans of a frame come to lie if those of a value in it move."""
 
     def move(span: Span) -> Span:
         parts = [
@@ -591,6 +797,4 @@ def _move(
             return moved
         return moved._replace(by=span.by._replace(rest=tuple(map(move, span.by.rest))))
 
-    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
-        raise DoesNotFit
     return move

@@ -267,7 +267,7 @@ class _Explanation:
             library=next(filter(None, map(_library_line, unit.equations)), ""),
             marks=tuple(self._marks(unit)),
             reason=reason,
-            bodies=tuple(self._bodies(first)),
+            bodies=tuple(itertools.chain(*map(self._bodies, unit.equations))),
         )
 
     def _marks(self, unit: _Unit) -> Iterator[str]:
@@ -315,20 +315,25 @@ class _Explanation:
         )
 
     def _shared(self) -> Iterator[Shared]:
-        """Constants of a loop, and carries if there are several."""
-        for unit in self._units:
-            eqn = unit.equations[0]
+        """Constants of a loop, and carries if there are several.
+
+        A loop in a block drops nothing at these, but between what its steps hand out.
+        """
+        pairs = ((unit, eqn) for unit in self._units for eqn in unit.equations)
+        for unit, eqn in pairs:
             if eqn.name != "scan" or eqn not in self._loops:
                 continue
             constants, carry, _ = _jaxpr.scan_groups(eqn)
             ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
-            for i in constants:
+            in_block = eqn in self._plan.loops
+            handed_out = any(v in self._plan.active for v in eqn.outputs[len(carry) :])
+            for i in constants if handed_out or not in_block else ():
                 if eqn.inputs[i] in paths.read:
                     value = self._same.get(eqn.inputs[i], eqn.inputs[i])
                     name = self._names.get(value, _described(value))
                     yield Shared(f"{name}, read at every step", unit.index)
             moving = [v for i in carry if (v := body.program.inputs[i]) in paths.moving]
-            if len(moving) > 1:
+            if len(moving) > 1 and not in_block:
                 values = ", ".join(map(_described, moving))
                 yield Shared(f"carries {values}, which one step hands to the next", unit.index)
 

@@ -8,14 +8,17 @@ Jacobian ``J`` and second derivatives ``H``
     g_x += J^T g_y
     h_x += (J*J)^T h_y + sum_j g_j H_jii
 
+A block, or a product, in which images of one source meet is a function of their sources, as
+``hesscale_jax.images`` says which; what comes back to the shift goes the way of the gradient.
+
 Loops, branches and functions with a derivative rule of their own do the same with the programs that
 they run; the entries of what a step of a loop hands to the next count as independent, as do the
-operands of one equation outside of blocks, also where a value stands twice, but for ``x^T x``.
+operands of any other equation outside of blocks, also where a value stands twice.
 No rule of the library is used, nor its arithmetic inside blocks.
 """
 
 import graphlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +27,9 @@ import numpy as np
 
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Constant, Equation, Program, Value
+from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Value
 from hesscale_jax.blocks import Loop, Plan, loop, plan
+from hesscale_jax.images import Images, Part
 from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.table import find
 
@@ -82,7 +86,8 @@ def assert_close(received: Sequence[Any], expected: Sequence[Any], rtol: float, 
 def hesscale(fun: Callable[..., Any], *args: jax.Array) -> tuple[list[Any], list[Any]]:
     """The gradient and HesScale's diagonal of a loss, for each argument."""
     program = _jaxpr.flatten(_jaxpr.trace(fun, *args))
-    found = backward(program, args, program.inputs, [Cotangents(jnp.ones(()), jnp.zeros(()))])
+    top = [Cotangents(jnp.ones(()), jnp.zeros(()))]
+    found = backward(program, args, program.inputs, top, program.inputs, program.outputs)
     return [x.g for x in found], [x.h for x in found]
 
 
@@ -91,10 +96,13 @@ def backward(
     primals: Sequence[Any],
     moving: Iterable[Value],
     cotangents: Sequence[Cotangents | None],
+    leaves: Iterable[Value],
+    last: Iterable[Value],
 ) -> list[Cotangents]:
     """The cotangents of a program's inputs from those of its outputs."""
     wanted = [v for v, x in zip(program.outputs, cotangents, strict=True) if x is not None]
     steps = plan(program, moving, wanted, find_rule)
+    images = Images(steps, leaves, last)
     env = evaluate(program, primals)
     came_back: dict[Value, Cotangents] = {}
 
@@ -106,13 +114,25 @@ def backward(
         add(value, x)
     for unit in reversed(units(steps)):
         made = [v for eqn in unit for v in eqn.outputs]
-        if unit[0] in steps.blocks or is_gram(unit[0]):
+        block = steps.blocks.get(unit[0])
+        if block or unit[0] in images.products:
             read = [v for eqn in unit for v in eqn.inputs if v in steps.active and v not in made]
             sources = list(dict.fromkeys(read))
             outputs = [v for v in made if v in came_back]
-            function = block_function(unit, env, sources, outputs)
+            function = block_function(unit, env, sources, outputs, steps)
             cotangents = [came_back[v] for v in outputs]
             found = back_through(function, [env[v] for v in sources], cotangents)
+            forms = images.blocks.get(block, {})
+            if not block:
+                forms = dict(zip(unit[0].inputs, images.products[unit[0]], strict=True))
+            if forms:
+                found = [
+                    Cotangents(x.g, jnp.zeros_like(x.h)) if v in forms else x
+                    for v, x in zip(sources, found, strict=True)
+                ]
+                met = Met(images, steps, env, forms)
+                for value, h in met.back(function, sources, cotangents):
+                    add(value, Cotangents(jnp.zeros(value.shape), h))
         else:
             (eqn,) = unit
             positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
@@ -124,20 +144,107 @@ def backward(
                 reverse = eqn.name == "custom_vjp_call"
                 back = back_through_own_rule if reverse else back_through_equation
             paths = [loop(eqn, body, steps.active, steps.active, find_rule) for body in eqn.bodies]
-            at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths)
+            within = [
+                images_within(images, eqn, body, path)
+                for body, path in zip(eqn.bodies, paths, strict=True)
+            ]
+            at = At(eqn, [operand(env, v) for v in eqn.inputs], positions, paths, within)
             found = back(at, [came_back.get(v) for v in made])
         for value, x in zip(sources, found, strict=True):
             add(value, x)
     return [came_back.get(v, zero(v.shape)) for v in program.inputs]
 
 
-def is_gram(eqn: Equation) -> bool:
-    """Whether an equation is ``x^T x`` for one value."""
-    return (
-        eqn.name == "dot_general"
-        and eqn.inputs[0] is eqn.inputs[1]
-        and all(of_x == of_w for of_x, of_w in eqn.params["dimension_numbers"])
-    )
+def images_within(
+    images: Images, eqn: Equation, body: Body, paths: Loop
+) -> tuple[set[Value], set[Value]]:
+    """The inputs of a body that are leaves, and the outputs after which nothing mixes entries."""
+    wanted = [body.program.outputs[i] for i in sorted(paths.wanted)]
+    steps = plan(body.program, paths.moving, wanted, find_rule)
+    return images.leaves_within(eqn, body), images.last_within(eqn, body, steps)
+
+
+class Met(NamedTuple):
+    """What a unit reads that is not independent."""
+
+    images: Images
+    steps: Plan
+    env: dict[Value, Any]
+    forms: dict[Value, Any]
+
+    def back(
+        self,
+        function: Callable[..., list[Any]],
+        sources: Sequence[Value],
+        cotangents: Sequence[Cotangents],
+    ) -> list[tuple[Value, Any]]:
+        """What comes back to the spreads of the forms' sources."""
+        origins = list(dict.fromkeys(x for form in self.forms.values() for x in form.of))
+
+        def of_origins(*xs: Any) -> list[Any]:
+            read = self.linearised([v for v in sources if v in self.forms], origins, xs)
+            return function(*(next(read) if v in self.forms else self.env[v] for v in sources))
+
+        at = list(map(self.at, origins))
+        found = back_through(of_origins, at, cotangents)
+        return [
+            each for x, c in zip(origins, found, strict=True) for each in self.spread_back(x, c.h)
+        ]
+
+    def spread_back(self, source: Any, h: Any) -> list[tuple[Value, Any]]:
+        if not isinstance(source, Part):
+            return [(source, h)]
+        back = []
+        for x in source.form.of:
+            zero_moved = jnp.zeros(source.shape)
+            (found,) = back_through(
+                lambda y, x=x: list(self.linearised([source.value], [x], [y])),
+                [self.env[x]],
+                [Cotangents(zero_moved, h)],
+            )
+            back.append((x, found.h))
+        return back
+
+    def at(self, origin: Any) -> Any:
+        return jnp.zeros(origin.shape) if isinstance(origin, Part) else self.env[origin]
+
+    def linearised(
+        self, values: Sequence[Value], origins: Sequence[Any], xs: Sequence[Any]
+    ) -> Iterator[Any]:
+        """Values as affine functions of their origins: a form is of first order."""
+
+        def images(*xs: Any) -> list[Any]:
+            moved = dict(zip(origins, xs, strict=True))
+            return [self.image(v, moved) for v in values]
+
+        at = list(map(self.at, origins))
+        steps = [x - y for x, y in zip(xs, at, strict=True)]
+        yield from (y + dy for y, dy in zip(*jax.jvp(images, at, steps), strict=True))
+
+    def image(self, value: Value, moved: dict[Any, Any], stop: bool = False) -> Any:
+        """A value, of other sources."""
+        if value in moved:
+            return moved[value]
+        makers = {v: eqn for eqn in self.steps.rules for v in eqn.outputs}
+        if stop or list(self.images.of(value).of) == [value]:
+            return self.env[value]
+        eqn = makers[value]
+        active = [v for v in eqn.inputs if v in self.steps.active]
+        operands = [
+            self.image(v, moved, len(active) == 2 and is_mixed(eqn, self.images.of(v)))
+            if v in active
+            else operand(self.env, v)
+            for v in eqn.inputs
+        ]
+        y = _jaxpr.listed(_jaxpr.bind(eqn, *operands), eqn)[eqn.outputs.index(value)]
+        parts = [x for x in moved if isinstance(x, Part) and x.value is value]
+        return sum((moved[x] for x in parts), y)
+
+
+def is_mixed(eqn: Equation, form: Any) -> bool:
+    """Whether a product takes a factor that has a form as a value by itself."""
+    summed = any(term.summed for terms in form.of.values() for term in terms)
+    return eqn.name == "dot_general" and summed
 
 
 def find_rule(eqn: Equation) -> Any:
@@ -185,17 +292,47 @@ def units(steps: Plan) -> list[Unit]:
 
 
 def block_function(
-    unit: Unit, env: dict[Value, Any], sources: Sequence[Value], outputs: Sequence[Value]
+    unit: Unit,
+    env: dict[Value, Any],
+    sources: Sequence[Value],
+    outputs: Sequence[Value],
+    steps: Plan,
 ) -> Callable[..., list[Any]]:
     """A block as a function of what it reads."""
 
     def function(*xs: Any) -> list[Any]:
         inside = env | dict(zip(sources, xs, strict=True))
         for eqn in unit:
-            run(eqn, inside)
+            run_in_block(eqn, inside, steps)
         return [inside[v] for v in outputs]
 
     return function
+
+
+def run_in_block(eqn: Equation, env: dict[Value, Any], steps: Plan) -> None:
+    """Run an equation, a loop step by step; no derivative flows through what is on no path."""
+    operands = [operand(env, v) for v in eqn.inputs]
+    if eqn not in steps.rules:
+        stopped = dict(zip(eqn.inputs, map(jax.lax.stop_gradient, operands), strict=True))
+        run(eqn, inside := env | stopped)
+        env.update((v, inside[v]) for v in eqn.outputs)
+        return
+    if eqn not in steps.loops:
+        run(eqn, env)
+        return
+    (body,), plan = eqn.bodies, steps.loops[eqn].plan
+    consts, carry, xs = ([operands[i] for i in group] for group in _jaxpr.scan_groups(eqn))
+    times = range(eqn.params["length"])
+    each = {}
+    for t in reversed(times) if eqn.params["reverse"] else times:
+        read = [*consts, *carry, *(x[t] for x in xs)]
+        inside = dict(zip(body.program.inputs, read, strict=True))
+        for inner in body.program.equations:
+            run_in_block(inner, inside, plan)
+        results = [operand(inside, v) for v in body.program.outputs]
+        carry, each[t] = results[: len(carry)], results[len(carry) :]
+    stacked = zip(*(each[t] for t in times), strict=True)
+    env.update(zip(eqn.outputs, [*carry, *map(jnp.stack, stacked)], strict=True))
 
 
 class At(NamedTuple):
@@ -205,6 +342,7 @@ class At(NamedTuple):
     primals: list[Any]
     positions: list[int]
     paths: list[Loop]  # through the programs that it runs
+    images: list[Any]  # what is known of theirs
 
     def function(self, results: Sequence[int]) -> Callable[..., list[Any]]:
         def function(*xs: Any) -> list[Any]:
@@ -226,7 +364,7 @@ def back_through_equation(at: At, cotangents: Sequence[Cotangents | None]) -> li
 
 def back_through_scan(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
     """Step by step, from the last."""
-    (body,), (paths,) = at.eqn.bodies, at.paths
+    (body,), (paths,), (images,) = at.eqn.bodies, at.paths, at.images
     consts, carry, xs = _jaxpr.scan_groups(at.eqn)
     times = range(at.eqn.params["length"])
     steps, state = [], [at.primals[i] for i in carry]
@@ -241,7 +379,7 @@ def back_through_scan(at: At, cotangents: Sequence[Cotangents | None]) -> list[C
     handed_on, outputs = list(cotangents[: len(carry)]), cotangents[len(carry) :]
     for t, read in reversed(steps):
         here = [x and Cotangents(x.g[t], x.h[t]) for x in outputs]
-        back = back_through_body(body.program, read, paths, [*handed_on, *here])
+        back = back_through_body(body.program, read, paths, [*handed_on, *here], images)
         handed_on = [back[i] for i in carry]
         for i in consts:
             found[i] = plus(found[i], back[i])
@@ -255,8 +393,8 @@ def back_through_cond(at: At, cotangents: Sequence[Cotangents | None]) -> list[C
     """The branch that is taken."""
     which, *operands = at.primals
     branches = [
-        back_through_body(body.program, operands, paths, cotangents)
-        for body, paths in zip(at.eqn.bodies, at.paths, strict=True)
+        back_through_body(body.program, operands, paths, cotangents, images)
+        for body, paths, images in zip(at.eqn.bodies, at.paths, at.images, strict=True)
     ]
     taken = jnp.clip(which.astype(int), 0, len(branches) - 1)
     found = [
@@ -268,13 +406,13 @@ def back_through_cond(at: At, cotangents: Sequence[Cotangents | None]) -> list[C
 
 def back_through_custom(at: At, cotangents: Sequence[Cotangents | None]) -> list[Cotangents]:
     """The gradient by the function's own rule, the curvature by its definition."""
-    (body,), (paths,) = at.eqn.bodies, at.paths
+    (body,), (paths,), (images,) = at.eqn.bodies, at.paths, at.images
     wanted = [i for i, x in enumerate(cotangents) if x is not None]
     results, transpose = jax.vjp(at.function(wanted), *at.xs)
     grads = transpose(
         [cotangents[i].g.astype(y.dtype) for i, y in zip(wanted, results, strict=True)]
     )
-    back = back_through_body(body.program, at.primals, paths, cotangents)
+    back = back_through_body(body.program, at.primals, paths, cotangents, images)
     return [Cotangents(g, back[i].h) for i, g in zip(at.positions, grads, strict=True)]
 
 
@@ -290,13 +428,17 @@ def back_through_own_rule(at: At, cotangents: Sequence[Cotangents | None]) -> li
 
 
 def back_through_body(
-    program: Program, primals: Sequence[Any], paths: Loop, cotangents: Sequence[Cotangents | None]
+    program: Program,
+    primals: Sequence[Any],
+    paths: Loop,
+    cotangents: Sequence[Cotangents | None],
+    images: tuple[set[Value], set[Value]],
 ) -> list[Cotangents]:
     wanted = [
         (x or zero(v.shape)) if i in paths.wanted else None
         for i, (v, x) in enumerate(zip(program.outputs, cotangents, strict=True))
     ]
-    return backward(program, primals, paths.moving, wanted)
+    return backward(program, primals, paths.moving, wanted, *images)
 
 
 INSIDE = {

@@ -905,6 +905,52 @@ def hidden(program: Program, shape: Shape) -> Node:
     return program.nodes[-1]
 
 
+def loop(rng: random.Random) -> Case:
+    """Loops that act entry by entry on what they carry, and functions of what is around them."""
+    program = Program(rng)
+    frame = rng.choice(FRAMES)
+    length = rng.randint(1, 4)
+
+    def along() -> Shape:
+        return tuple(rng.choice((1, n, n)) for n in frame)
+
+    for shape in (frame, *(along() for _ in range(rng.randint(0, 2)))):
+        program.input(shape, exact=True)
+    program.constant(along())
+    grow(program, rng.randint(0, 2), (unary, binary))
+    for _ in range(rng.randint(1, 2)):
+        step_by_step(program, frame, length)
+        grow(program, rng.randint(1, 3), (unary, binary))
+    ends = " + ".join(f"jnp.sum({x}**2)" for x in program.unread()[-2:])
+    return case(program, ends)
+
+
+def step_by_step(program: Program, frame: Shape, length: int) -> None:
+    """A loop with a carry or two of the frame's shape, or of size 1 along some of its axes."""
+    rng = program.rng
+    starts = [start(program) for _ in range(rng.randint(1, 2))]
+    shapes = [(length, *frame), (length, *(rng.choice((1, n)) for n in frame))]
+    fed = rng.random() < 0.6
+    xs = None
+    if fed:
+        xs = program.input(rng.choice(shapes), exact=True) if rng.random() < 0.8 else None
+        xs = xs or program.constant(shapes[0])
+        program.nodes.remove(xs)
+    body = program.inner()
+    carry = [body.argument(x, x.shape) for x in starts]
+    x = body.argument(xs, xs.shape[1:]) if xs else "_"
+    grow(body, rng.randint(1, 4), (unary, binary))
+    bounded = program.choose("jnp.tanh({})", "0.5 * {}")  # a body without an equation is no block
+    handed_on = [body.add(bounded.format(like(body, a.shape)), a.shape) for a in carry]
+    body.lines.insert(0, f"({joined(carry)}) = carry")
+    decorator = program.choose("", "", "@jax.checkpoint\n")
+    f = program.define(body, f"carry, {x}", f"({joined(handed_on)}), None", decorator)
+    how = f"length={length}, reverse={rng.choice((True, False))}"
+    r = program.call(f"jax.lax.scan({f}, ({joined(starts)}), {xs}, {how})[0]", handed_on)
+    for i, a in enumerate(carry):
+        program.add(f"{r}[{i}]", a.shape)
+
+
 def units(rng: random.Random) -> Case:
     """Layers of one unit: ``h = f(w h + b)`` with ``f`` a random function of one value."""
     program = Program(rng)
@@ -1045,6 +1091,7 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None
     "views": (views, check_views),
     "segments": (segments, check_views),
     "chain": (chain, check_diagonal),
+    "loop": (loop, check_diagonal),
     "last_layer": (last_layer, check_diagonal),
     "plain_last_layer": (plain_last_layer, check_gauss_newton),
     "units": (units, check_diagonal),

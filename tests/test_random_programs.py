@@ -29,6 +29,7 @@ EXAMPLES = {
     "views": 20,
     "segments": 20,
     "chain": 15,
+    "loop": 20,
     "last_layer": 15,
     "plain_last_layer": 10,
     "units": 7,
