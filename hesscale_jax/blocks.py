@@ -710,7 +710,13 @@ class _Grouping:
         return block
 
     def _is_handed_out(self, eqn: Equation, position: int) -> bool:
-        """Whether a result of a loop has no place in the frame: it has one for each step."""
+        """Whether a result is read in other blocks alone.
+
+        What a loop hands out at each step has no place in the frame. A sum by segments that nothing
+        takes back has one, but what is computed of it is smaller outside.
+        """
+        if eqn in self._segments:
+            return self._segments[eqn].ends
         return eqn in self._loops and position not in self._loops[eqn].carries
 
     def _fill_frame(

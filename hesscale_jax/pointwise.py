@@ -216,10 +216,7 @@ class BlockArithmetic:
         (shift,) = push(eqn, primals, [x.shift for x in operands])
         kept = self._kept(primals[1], by, self.block.spans[value])
         x = self._read(operand)
-        slope = x.slope
-        if self._along is not None and not isinstance(slope, float):
-            slope = self._along.padded(self._along.of_entries(_number(slope)))
-        self._derived[value] = Derived(x.root, times(kept, slope) if by.drops else slope)
+        self._derived[value] = Derived(x.root, times(kept, x.slope) if by.drops else x.slope)
         return Moments(_jaxpr.bind(eqn, *primals), shift)
 
     def _kept(self, indices: Any, by: Segmented, spans: Spans) -> Any:
@@ -460,15 +457,15 @@ class BlockArithmetic:
         if a.depth < b.depth:
             a, b = b, a
         if isinstance(a, Sum):
+            # Each term by itself: one of repeated sources is not there at every position.
+            axes = self._reduced if isinstance(b, Sum) else b.repeated
+            apart = {x: tuple(i for i in axes if i not in x.repeated) for x in a.of_local}
             terms = {x: scaled(w, self._entrywise(x, b)) for x, w in a.of_local.items()}
-            if isinstance(b, Local):
-                terms = {x: self._sum(term, b.repeated) for x, term in terms.items()}
-            if isinstance(b, Sum):
-                # Each term by itself: one of repeated sources is not there at every position.
-                for x in terms:
-                    apart = [axis for axis in self._reduced if axis not in x.repeated]
-                    terms[x] = self._sum(terms[x], apart)
-            return total(*terms.values())
+            if self._along is None:
+                return total(*(self._sum(term, apart[x]) for x, term in terms.items()))
+            # A sum by segments takes longer than what it adds up.
+            alike = {each: [terms[x] for x in terms if apart[x] == each] for each in apart.values()}
+            return total(*(self._sum(total(*each), along) for along, each in alike.items()))
         assert isinstance(b, Local)
         c = self._local_cov(a, b)
         # A copy: the transpose adds up its uses before it adds what comes from outside the block.

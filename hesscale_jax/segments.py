@@ -53,6 +53,7 @@ class Segmented(NamedTuple):
       along: The axes that the dimensions of the ids run along.
       wraps: Whether a negative id counts from the end, and is still to be replaced.
       drops: Whether an id out of bounds has no segment; else it has the nearest.
+      ends: Whether it is a sum that nothing of the kind reads.
     """
 
     ids: Ids
@@ -60,6 +61,7 @@ class Segmented(NamedTuple):
     along: tuple[int, ...]
     wraps: bool
     drops: bool
+    ends: bool = False
 
 
 def segmented(
@@ -75,22 +77,27 @@ def segmented(
         return {}
     found = _by_ids(program, candidates)
     meeting = _meeting(rules, found)
-    return {eqn: each for eqn, each in found.items() if each.ids in meeting}
+    ids = {found[eqn].ids for eqn in meeting}
+    return {
+        eqn: each._replace(ends=isinstance(rules[eqn], Scatter) and eqn not in meeting)
+        for eqn, each in found.items()
+        if each.ids in ids
+    }
 
 
-def _meeting(rules: Mapping[Equation, Any], found: dict[Equation, Segmented]) -> set[Ids]:
-    """The ids of sums that are taken back, or that meet another sum by them."""
-    meeting: set[Ids] = set()
+def _meeting(rules: Mapping[Equation, Any], found: dict[Equation, Segmented]) -> set[Equation]:
+    """The scatters whose sums are taken back by their ids, or meet another sum by them."""
+    meeting: set[Equation] = set()
     sums: dict[Any, frozenset[Equation]] = {}  # that a value is a pointwise function of
     for eqn, rule in rules.items():
         read = frozenset[Equation]().union(*(sums.get(v, ()) for v in eqn.inputs))
-        ids = [found[each].ids for each in read]
+        count = Counter(found[each].ids for each in read)
         if isinstance(rule, Scatter):
             read = frozenset([eqn] if eqn in found else [])
         elif eqn in found:
-            meeting.update(each for each in ids if each == found[eqn].ids)
+            meeting.update(each for each in read if found[each].ids == found[eqn].ids)
         elif isinstance(rule, Pointwise):
-            meeting.update(each for each, count in Counter(ids).items() if count > 1)
+            meeting.update(each for each in read if count[found[each].ids] > 1)
         if isinstance(rule, Pointwise | View | Join | Scatter):
             sums.update(dict.fromkeys(eqn.outputs, read))
     return meeting

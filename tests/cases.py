@@ -392,6 +392,9 @@ BLOCKS: dict[str, Case] = {
     ),
     "segment norm": (lambda x: normalised_by_segments(x, SEGMENTS, 3), x),
     "segment norm, with scales": (lambda x, p: p * normalised_by_segments(x, SEGMENTS, 5), x, normal(1, 6)),
+    "segment sum, of negative ids that are dropped": (
+        lambda x: jnp.exp(x) / (1 + sums_at(jnp.exp(x), unknown(SEGMENTS - 1), None)), x,
+    ),
     "segment norm, of negative ids": (lambda x: normalised_by_segments(x, unknown(SEGMENTS - 3), 3), x),
     "segment maximum": (lambda x: jnp.exp(x - segment_max(x, SEGMENTS, 3)[SEGMENTS] ** 2), x),
     "segment minimum, of ties": (lambda x: x * segment_min(x, SEGMENTS, 3)[SEGMENTS], TIES),
@@ -901,7 +904,7 @@ def ratio(x: jax.Array, w: jax.Array, ids: Any) -> jax.Array:
     return segment_sum(e * w, ids, 3) / segment_sum(e, ids, 3)
 
 
-def sums_at(x: jax.Array, ids: Any, mode: str) -> jax.Array:
+def sums_at(x: jax.Array, ids: Any, mode: str | None) -> jax.Array:
     """For each row, the sum of those of its segment."""
     return segment_sum(x, ids, 4).at[ids].get(mode=mode, fill_value=0.0)
 
