@@ -1,7 +1,8 @@
 """Loops, branches and mapped programs: the equations that run other programs.
 
 The moments go into the program that the equation holds and come out of it. Each step of a loop
-takes the entries of what it is handed as independent: off-diagonal terms between steps are dropped.
+takes the entries of what it is handed as independent: off-diagonal terms between steps are dropped,
+unless a block leads through the loop (:mod:`hesscale_jax.loops`).
 """
 
 from collections.abc import Callable, Sequence
