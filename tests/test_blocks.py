@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from cases import normal
-from jax import nn
+from jax import lax, nn
 from jax.ops import segment_sum
 
 import hesscale_jax as hs
@@ -172,3 +172,17 @@ def test_what_is_taken_waits_for_the_block_that_adds_it_up():
 
     (names,) = blocks(fun, normal(3, 2), normal(2), normal(2))
     assert names.count("gather") == 2
+
+
+def test_a_loop_has_no_sums_by_segments_beside_it():
+    def carried(c, x):
+        e = jnp.exp(c * x)
+        return e / segment_sum(e, IDS, 3)[IDS], None
+
+    def fun(x, xs):
+        e = jnp.exp(x)
+        s = segment_sum(lax.scan(lambda c, x: (jnp.sin(c) * x, None), e, xs)[0], IDS, 3)
+        return s[IDS] * e, lax.scan(carried, x, xs)[0]
+
+    found = blocks(fun, normal(4), normal(30, 4))
+    assert [names for names in found if {"scan", "scatter-add"} <= set(names)] == []
