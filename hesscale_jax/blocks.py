@@ -92,6 +92,7 @@ class Block:
         self._of_shape: dict[tuple[int, ...], dict[Spans, None]] = {}
         self._reduced: tuple[Span, ...] | None = None
         self._segments: Span | None = None
+        self._loops = False
         self._bounds = sorted({1, entries})
 
     @property
@@ -122,6 +123,14 @@ class Block:
         batch = tuple(i for i, each in enumerate(axes) if _inside(each, rest))
         return Along(axis, self.frame[axis], dimension(self._segments.by.ids.segments), batch)
 
+    @property
+    def ids(self) -> tuple[Ids, Spans]:
+        """The ids by which the block has segments, and where they lie."""
+        assert self._segments is not None
+        assert self._segments.by is not None
+        ids, rest = self._segments.by
+        return ids, (*rest, self._segments._replace(by=None))
+
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
         return tuple(
@@ -142,12 +151,14 @@ class Block:
         placed: dict[Value, Spans],
         reduced: tuple[Span, ...] | None = None,
         bounds: Iterable[int] = (),
-        scanned: frozenset[Value] = frozenset(),
+        scanned: frozenset[Value] | None = None,
     ) -> None:
         """Add values at their spans, the spans that a reduction runs over, and other bounds.
 
-        Or what a loop scans over.
+        Or a loop, by what it scans over: it has no sums by segments beside it.
         """
+        loops = self._loops or scanned is not None
+        scanned = scanned or frozenset()
         if any(self.spans.get(value, spans) != spans for value, spans in placed.items()):
             raise DoesNotFit
         if self.scanned & scanned or not (self.scanned | scanned).isdisjoint(placed):
@@ -162,7 +173,10 @@ class Block:
         refined = _refined(self._bounds, {*bounds, *_ends(found)})
         if segments is not None and any(segments.lo < b < segments.hi for b in refined):
             raise DoesNotFit
+        if segments is not None and loops:
+            raise DoesNotFit
         self._bounds, self._reduced, self._segments = refined, reduced, segments
+        self._loops = loops
         self.scanned |= scanned
         self.spans.update(placed)
         for value, spans in placed.items():
@@ -194,7 +208,10 @@ class Block:
         """Take over another block, each span of whose frame is moved to one of this one's."""
         spans = {v: tuple(map(move, s)) for v, s in other.spans.items()}
         reduced = None if other._reduced is None else merged(map(move, other._reduced))
-        self.place(spans, reduced, _ends(map(move, other._axes())), other.scanned)
+        if other._segments is None and any(span.by for span in reduced or ()):
+            raise DoesNotFit
+        bounds = _ends(map(move, other._axes()))
+        self.place(spans, reduced, bounds, other.scanned if other._loops else None)
 
 
 def _ends(spans: Iterable[Span]) -> Iterator[int]:
@@ -492,7 +509,7 @@ def _through(
     wanted = [outputs[i] for i in sorted(paths.wanted)]
     steps = plan(body.program, paths.moving, wanted, find)
     block = _one(steps)
-    if block is None:
+    if block is None or block.along is not None:
         return None
     steps = dataclasses.replace(steps, blocks=dict.fromkeys(steps.rules, block))
 
@@ -784,17 +801,21 @@ def moved(old: Spans, new: Spans) -> Callable[[Span], Span]:
     """Where the spans of a frame come to lie if those of a value in it move."""
 
     def move(span: Span) -> Span:
-        parts = [
-            Span(at.lo * max(span.lo, was.lo) // was.lo, at.lo * min(span.hi, was.hi) // was.lo)
-            for was, at in zip(old, new, strict=True)
-            if max(span.lo, was.lo) < min(span.hi, was.hi)
-        ]
+        parts = []
+        for was, at in zip(old, new, strict=True):
+            lo, hi = max(span.lo, was.lo), min(span.hi, was.hi)
+            if at.by and lo < hi and ((lo, hi) != was[:2] or not at.by.ids.known):
+                raise DoesNotFit
+            if lo < hi:
+                parts.append(at if at.by else Span(at.lo * lo // was.lo, at.lo * hi // was.lo))
         stretches = merged(parts)
         if len(stretches) > 1:
             raise DoesNotFit
         moved = stretches[0] if stretches else NOTHING
         if span.by is None:
             return moved
+        if moved.by is not None:
+            raise DoesNotFit
         return moved._replace(by=span.by._replace(rest=tuple(map(move, span.by.rest))))
 
     return move

@@ -38,7 +38,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Value, dimension, size
+from hesscale_jax._jaxpr import Constant, Equation, Value, dimension, size
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.forms import Factor, Form, Reader, covariance
 from hesscale_jax.moments import Moments, spread_dtype
@@ -122,6 +122,7 @@ class BlockArithmetic:
         self._spread_of = spread_of
         self._forms = forms
         self._reader = Reader(read, self._dtype)
+        self._primal = read
         self._form_of: dict[Local, Form] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
@@ -222,19 +223,31 @@ class BlockArithmetic:
     def _kept(self, indices: Any, by: Segmented, spans: Spans) -> Any:
         """Which of the entries at ``spans`` have a segment: 1 or 0."""
         if (self.block, by.wraps, by.drops) not in self._spreads:
-            ids = lax.squeeze(indices, (indices.ndim - 1,))
-            if ids.dtype.itemsize < 4:  # Small integers do not count up to any size.
-                ids = lax.convert_element_type(ids, jnp.int32)
+            ids = _wide(lax.squeeze(indices, (indices.ndim - 1,)))
             count = dimension(by.ids.segments)
             kept = (ids >= 0) & (ids < count) if by.drops else jnp.ones(ids.shape, bool)
             along = tuple(spans[i] for i in by.along)
             kept = lax.convert_element_type(kept, self._dtype)
             self._spreads[self.block, by.wraps, by.drops] = self.enter(kept, along)
             if self._along is not None and self.block not in self._spreads:
-                ids = jnp.where(ids < 0, ids + count, ids) if by.wraps else ids
-                ids = _reshaped(jnp.clip(ids, 0, count - 1), self.block.view(along))
-                self._spreads[self.block] = self._along.rows(ids)
+                self._note(ids, by.wraps)
         return self._spreads[self.block, by.wraps, by.drops]
+
+    def _note(self, ids: Any, wraps: bool) -> None:
+        """Note the segments of the entries of the block."""
+        along, (_, spans) = self._along, self.block.ids
+        assert along is not None
+        ids = _reshaped(ids, self.block.view(spans))
+        ids = jnp.where(ids < 0, ids + along.segments, ids) if wraps else ids
+        self._spreads[self.block] = along.rows(jnp.clip(ids, 0, along.segments - 1))
+
+    def _rows(self) -> Any:
+        """The segments as :class:`Along` needs them, from what the ids are computed from."""
+        if self.block not in self._spreads:
+            ids, _ = self.block.ids
+            root = ids.root.value if isinstance(ids.root, Constant) else self._primal(ids.root)
+            self._note(_wide(jnp.asarray(root)), ids.wraps)
+        return self._spreads[self.block]
 
     def _reached(self, kept: Any, by: Segmented) -> Coefficient:
         """Where a segment has an entry, among those ``kept``."""
@@ -554,7 +567,7 @@ class BlockArithmetic:
         if self._along is None:
             return x
         if _is_by_segments(occupied):
-            return self._along.taken(x, self._spreads[self.block])
+            return self._along.taken(x, self._rows())
         return self._along.padded(x)
 
     def _leave(self, array: Any, value: Value) -> Any:
@@ -600,7 +613,7 @@ class BlockArithmetic:
             return x
         x = _number(x)
         if self._along is not None and self._along.axis in axes:
-            rows = self._spreads[self.block]
+            rows = self._rows()
             x = lax.convert_element_type(x, self._dtype)
             return self._along.taken(self._along.added(x, rows), rows)
         present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
@@ -612,6 +625,11 @@ class BlockArithmetic:
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
         return times(_jaxpr.number(absent, self._dtype), x) if missing else x
+
+
+def _wide(ids: Any) -> Any:
+    """Ids that count up to any size."""
+    return ids if ids.dtype.itemsize >= 4 else lax.convert_element_type(ids, jnp.int32)
 
 
 def _is_by_segments(spans: Spans) -> bool:

@@ -34,10 +34,14 @@ class Ids(NamedTuple):
     Attributes:
       root: What it is computed from.
       segments: How many there are.
+      known: Whether the root is, before the first equation.
+      wraps: Whether a negative one counts from the end.
     """
 
     root: Any
     segments: int
+    known: bool = False
+    wraps: bool = False
 
 
 class Segmented(NamedTuple):
@@ -114,13 +118,15 @@ def _by_ids(program: Program, candidates: Iterable[Equation]) -> dict[Equation, 
             continue
         segments = _jaxpr.sizes(eqn.inputs[0].shape)[axes[0]]
         root, replaced = written.root(eqn.inputs[1], segments)
-        ids, mode = Ids(root, segments), eqn.params["mode"]
+        known = isinstance(root, Constant) or root in program.inputs
+        ids, mode = Ids(root, segments, known), eqn.params["mode"]
         if replaced:
             from_end.add(ids)
         drops = mode == FILL or (mode != CLIP and eqn.name != "gather")
         found[eqn] = Segmented(ids, *axes, wraps=not replaced, drops=drops)
     for eqn, each in list(found.items()):
-        found[eqn] = each._replace(wraps=each.wraps and each.ids in from_end)
+        wraps = each.ids in from_end
+        found[eqn] = each._replace(ids=each.ids._replace(wraps=wraps), wraps=each.wraps and wraps)
         if found[eqn].wraps and eqn.params["mode"] == CLIP:
             del found[eqn]  # A negative id is the first segment here, and another one elsewhere.
     return found

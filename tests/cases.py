@@ -384,6 +384,10 @@ BLOCKS: dict[str, Case] = {
     "segment softmax, with a bias for each segment": (
         lambda x, b: jnp.exp(x) / (segment_sum(jnp.exp(x), SEGMENTS, 4) * b + b)[SEGMENTS], x, positive(4, 6),
     ),
+    "segment softmax, with a function of a bias for each segment": (
+        lambda x, b: jnp.exp(x) / (segment_sum(jnp.exp(x), SEGMENTS, 4) * nn.softplus(b) + b * b)[SEGMENTS],
+        x, normal(4, 6),
+    ),
     "segment log-softmax, some empty": (
         lambda x: x - jnp.log(segment_sum(jnp.exp(x), SEGMENTS, 5))[SEGMENTS], x,
     ),

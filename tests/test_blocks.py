@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from cases import normal
-from jax import nn
+from jax import lax, nn
 from jax.ops import segment_sum
 
 import hesscale_jax as hs
@@ -172,3 +172,21 @@ def test_what_is_taken_waits_for_the_block_that_adds_it_up():
 
     (names,) = blocks(fun, normal(3, 2), normal(2), normal(2))
     assert names.count("gather") == 2
+
+
+def test_a_loop_has_no_sums_by_segments_beside_it():
+    def fun(x, xs):
+        e = jnp.exp(x)
+        s = segment_sum(lax.scan(lambda c, x: (jnp.sin(c) * x, None), e, xs)[0], IDS, 3)
+        return s[IDS] * e
+
+    found = blocks(fun, normal(4), normal(30, 4))
+    assert [names for names in found if {"scan", "scatter-add"} <= set(names)] == []
+
+
+def test_a_block_does_not_lead_through_a_loop_with_sums_by_segments():
+    def step(c, x):
+        e = jnp.exp(c * x)
+        return e / segment_sum(e, IDS, 3)[IDS], None
+
+    assert blocks(lambda x, xs: lax.scan(step, x, xs)[0], normal(4), normal(30, 4)) == []
