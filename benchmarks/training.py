@@ -7,6 +7,12 @@
     TD learning            the value of a policy, the target by the network itself; 3-64-64-1, tanh
     character LM           a transformer on the source of Python's standard library; held-out text
 
+and, only when asked for by name, with a few methods and rates:
+
+    Q-learning             double DQN of a pole on a cart, 4-64-64-2, tanh; the missing share of
+                           the return, over 64 starts
+    character LM, 4 x 128  the character LM, wider and deeper
+
 Learning rates warm up over a twentieth of the steps and decay by a cosine. Every optimizer is
 trained with each rate of a grid over three decades, from the same starts on the same batches.
 
@@ -23,6 +29,7 @@ without compilation and evaluation.
     python benchmarks/training.py --quick            two tasks, two optimizers, one seed: minutes
     python benchmarks/training.py                    everything, hours on two cores
     python benchmarks/training.py --tasks "digits MLP" --methods Adam Muon
+    python benchmarks/training.py --tasks Q-learning
     python benchmarks/training.py --tasks            only draws what was measured before
 """
 
@@ -37,6 +44,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cart_pole
 import jax
 import jax.numpy as jnp
 import matrix_peers
@@ -147,6 +155,9 @@ class Task(NamedTuple):
     steps: int
     held_out: tuple[np.ndarray, ...] | None = None  # A second batch, whose last loss is.
     reported: Callable[..., jax.Array] | None = None  # The loss that is reported, if another.
+    rates: dict[str, Sequence[float]] | None = None  # These methods alone, with these rates.
+    # What batches depend on the parameters: seed -> (params, step) -> batch, in place of `batch`.
+    stream: Callable[[int], Callable[[Any, int], Any]] | None = None
 
 
 EVALUATE_EVERY = 20
@@ -247,12 +258,12 @@ def pinn_task() -> Task:
     return Task(params, loss, batch, (np.linspace(0, 1, 257, dtype=np.float32),), 600)
 
 
-def char_lm_task() -> Task:
+def char_lm_task(width: int, layers: int, steps: int, rates: Any = None) -> Task:
     length, batch_size = 64, 16
     train, validation = char_lm.load()
 
     def split(seed: int) -> tuple[Any, Any]:
-        model = char_lm.Transformer(length, 64, 2, 4, jnp.float32, nnx.Rngs(seed))
+        model = char_lm.Transformer(length, width, layers, 4, jnp.float32, nnx.Rngs(seed))
         return nnx.split(model)
 
     graphdef, _ = split(0)
@@ -267,7 +278,7 @@ def char_lm_task() -> Task:
 
     held_out = np.linspace(0, len(validation) - length - 1, 64, dtype=int)
     evaluation = (char_lm.batch(validation, held_out, length + 1),)
-    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, 300)
+    return Task(lambda seed: split(seed)[1], loss, batch, evaluation, steps, rates=rates)
 
 
 def td_task() -> Task:
@@ -317,6 +328,38 @@ def td_task() -> Task:
     return Task(lambda s: dense(sizes, s), loss, batch, evaluation, 600, reported=distance)
 
 
+def q_learning_task(rates: Any = None) -> Task:
+    """Deep double Q-learning of a pole on a cart; what is reported is the return that is missing.
+
+    With a memory, a target network and a share of random actions that falls.
+    """
+
+    def params(seed: int) -> Any:
+        return dense((4, 64, 64, 2), seed)
+
+    def loss(params: Any, state: jax.Array, action: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(cart_pole.chosen(forward(params, state), action) - target))
+
+    def stream(seed: int) -> Callable[[Any, int], Any]:
+        world = cart_pole.new_world(seed, params(seed))
+
+        def draw(params: Any, step: int) -> Any:
+            nonlocal world
+            world, batch = cart_pole.advance(forward, world, params, np.int32(step))
+            return batch
+
+        return draw
+
+    def batch(seed: int, step: int) -> tuple[np.ndarray, ...]:
+        return jax.device_get(stream(seed)(params(seed), 0))
+
+    evaluation = (np.asarray(cart_pole.starts(jax.random.key(1000), 64)),)
+    reported = functools.partial(cart_pole.missing, forward)
+    return Task(
+        params, loss, batch, evaluation, 1000, reported=reported, rates=rates, stream=stream
+    )
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "digits MLP": lambda: digits_task(digits.NnxMLP, 600),
     "digits CNN": lambda: digits_task(digits.NnxCNN, 400),
@@ -324,7 +367,17 @@ TASKS: dict[str, Callable[[], Task]] = {
     "autoencoder": autoencoder_task,
     "PINN": pinn_task,
     "TD learning": td_task,
-    "character LM": char_lm_task,
+    "character LM": lambda: char_lm_task(64, 2, 300),
+}
+
+# Beside the table, for a few methods and rates: what takes too long for all, or is too noisy.
+RATES = {OURS: MATRIX[2:5], BASELINE: ADAM[3:5]}
+PEERS = "Muon", "Newton-Muon", "SOAP-Muon"
+ASIDE: dict[str, Callable[[], Task]] = {
+    "Q-learning": lambda: q_learning_task(RATES | dict.fromkeys(PEERS, MATRIX[2:4])),
+    "character LM, 4 x 128": lambda: char_lm_task(
+        128, 4, 200, RATES | dict.fromkeys(PEERS, MATRIX[3:4])
+    ),
 }
 
 # Training
@@ -361,6 +414,17 @@ def training(task: Task, method: Method) -> Training:
     return Training(lambda rate, params: method.tx(rate, layouts).init(params), step)
 
 
+def given(task: Task) -> Callable[[int], Callable[[Any, int], Any]]:
+    """The batches of a task, where they do not depend on the parameters."""
+
+    @functools.cache
+    def stream(seed: int) -> Callable[[Any, int], Any]:
+        batches = jax.device_put([task.batch(seed, step) for step in range(task.steps)])
+        return lambda _, step: batches[step]
+
+    return stream
+
+
 def curves(
     task: Task, method: Method, run: Training, seeds: Sequence[int], done: Any
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
@@ -369,13 +433,13 @@ def curves(
     evaluation = jax.device_put(task.evaluation)
     found: dict[str, list[list[float]]] = {f"{rate:.3g}": [] for rate in method.rates}
     held_out: dict[str, list[float]] = {key: [] for key in found}
+    stream = task.stream or given(task)
     for seed in seeds:
         params = task.params(seed)
-        batches = jax.device_put([task.batch(seed, step) for step in range(task.steps)])
         for rate in method.rates:
-            p, state, losses = params, run.init(rate, params), []
-            for step, batch in enumerate(batches):
-                p, state = run.step(step, rate, p, state, *batch)
+            p, state, losses, draw = params, run.init(rate, params), [], stream(seed)
+            for step in range(task.steps):
+                p, state = run.step(step, rate, p, state, *draw(p, step))
                 if (step + 1) % EVALUATE_EVERY == 0:
                     losses.append(float(evaluate(p, *evaluation)))
             found[f"{rate:.3g}"].append(losses)
@@ -408,23 +472,30 @@ def measure(
     name: str, chosen: Sequence[str], seeds: int, before: dict[str, Any], progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """The results of a task so far, after each method and after the timing."""
-    task = TASKS[name]()
-    runs = {key: training(task, METHODS[key]) for key in chosen}
-    bar = progress.add_task(name, total=seeds * sum(len(METHODS[key].rates) for key in chosen))
+    task = (TASKS | ASIDE)[name]()
+    methods = {key: METHODS[key] for key in chosen}
+    if task.rates is not None:
+        methods = {
+            key: method._replace(rates=task.rates[key])
+            for key, method in methods.items()
+            if key in task.rates
+        }
+    runs = {key: training(task, method) for key, method in methods.items()}
+    bar = progress.add_task(name, total=seeds * sum(len(m.rates) for m in methods.values()))
     result: dict[str, Any] = {
         "steps": task.steps,
         "losses": dict(before.get("losses", {})),
         "held_out": dict(before.get("held_out", {})),
         "milliseconds": dict(before.get("milliseconds", {})),
     }
-    for key in chosen if seeds else ():
+    for key in methods if seeds else ():
         progress.update(bar, description=f"{name}, {key}")
         done = functools.partial(progress.advance, bar)
-        losses, held_out = curves(task, METHODS[key], runs[key], range(seeds), done)
+        losses, held_out = curves(task, methods[key], runs[key], range(seeds), done)
         result["losses"][key], result["held_out"][key] = losses, held_out
         yield result
     progress.update(bar, description=f"{name}, timing")
-    result["milliseconds"] |= milliseconds(task, chosen, runs, rounds=10)
+    result["milliseconds"] |= milliseconds(task, list(methods), runs, rounds=10)
     yield result
 
 
@@ -587,7 +658,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS | ASIDE)
     parser.add_argument(
         "--methods", nargs="+", help="whose names contain one; others stay as measured"
     )
@@ -620,11 +691,12 @@ def main() -> None:
                 losses = {key: result["losses"][key] for key in order}
                 results[name] = result | {"losses": losses}
                 data.write_text(json.dumps(results) + "\n")
+    aside = {name: results[name] for name in ASIDE if name in results}
     results = {name: results[name] for name in TASKS if name in results}
-    made = list(tables(results))
+    made = [*tables(results), *tables(aside)]
     for table in made:
         table.show()
-    write(output / "training.md", made, results)
+    write(output / "training.md", made, results | aside)
     draw(results, output / "training.png")
     console.print(summary(results))
 

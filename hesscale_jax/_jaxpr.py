@@ -74,6 +74,9 @@ ONE_RESULT = "result."
 # The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512
 
+# Products of no more entries are written out.
+FEW = 8
+
 # A primitive of arrays or of types of its own that JAX expands to others, with its own derivative.
 HIGH = "call_hi_primitive"
 
@@ -511,6 +514,9 @@ class _Builder:
             elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
+            elif eqn.primitive.name == "reduce_prod" and self._has_few(eqn, inputs):
+                expanded = trace(_multiply(eqn), *(v.aval for v in eqn.invars))
+                results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             else:
                 params = eqn.params
                 inputs = tuple(map(joined, inputs, eqn.invars))
@@ -554,13 +560,15 @@ class _Builder:
         _, carry, xs = scan_groups(eqn)
         if not isinstance(length, int) or not length or eqn.effects:
             return False
+        closed = _closed(eqn.params["jaxpr"])
+        if len(eqn.outvars) == len(carry) and not _chooses(closed):
+            return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
         moves = [isinstance(x, Value) and x in self._moving for x in inputs]
         if len(eqn.outvars) > len(carry) and (
             any(moves[i] for i in xs) or any(map(is_complex, avals))
         ):
             return False
-        closed = _closed(eqn.params["jaxpr"])
         variables = closed.jaxpr.invars
         moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
         known = {variables[i] for i in xs if self._entry(inputs[i], 0, None) is not None}
@@ -636,6 +644,13 @@ class _Builder:
             return reduce(result, others) if others else result
 
         return trace(combined, *map(_aval, parts)), parts
+
+    def _has_few(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a product is of few entries that move: a block may take them as one value's."""
+        shape = eqn.invars[0].aval.shape
+        count = math.prod(shape[i] for i in eqn.params["axes"])
+        moves = isinstance(inputs[0], Value) and inputs[0] in self._moving
+        return isinstance(count, int) and 0 < count <= FEW and moves
 
     def _append(
         self,
@@ -1050,6 +1065,14 @@ def _of_leaves(eqn: Equation, bind: Any, tree: Any) -> tuple[Any, Any]:
     return definition, rule
 
 
+def _chooses(closed: core.ClosedJaxpr) -> bool:
+    """Whether a branch is chosen, by a number of the step's it may be."""
+    return any(
+        eqn.primitive.name == "cond" or (eqn.primitive.name in CALLS and _chooses(called(eqn)))
+        for eqn in closed.jaxpr.eqns
+    )
+
+
 def _count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any]) -> float:
     """The number of equations, infinite if one does not act entry by entry.
 
@@ -1199,26 +1222,66 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 
 
 def _contracts_everything(eqn: Any) -> bool:
-    """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``."""
-    (contracting, _), (batch, _) = eqn.params["dimension_numbers"]
+    """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
+
+    An axis of size 1 is none.
+    """
     return all(
-        len(contracting) + len(batch) == len(v.aval.shape) and v.aval.shape for v in eqn.invars
+        v.aval.shape and all(v.aval.shape[i] == 1 for i in free)
+        for v, free in zip(eqn.invars, _free(eqn), strict=True)
     )
 
 
+def _free(eqn: Any) -> list[list[int]]:
+    """The axes of each factor of a ``dot_general`` that it neither sums over nor runs over."""
+    sides = zip(*eqn.params["dimension_numbers"], strict=True)
+    return [
+        [i for i in range(len(v.aval.shape)) if i not in (*summed, *batch)]
+        for v, (summed, batch) in zip(eqn.invars, sides, strict=True)
+    ]
+
+
 def _multiply_and_sum(eqn: Any) -> Callable[[Any, Any], Any]:
-    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    dtype = eqn.outvars[0].aval.dtype
+    result, free = eqn.outvars[0].aval, _free(eqn)
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = (
+        [
+            [i - sum(j < i for j in ones) for i in axes]
+            for axes, ones in zip(sides, free, strict=True)
+        ]
+        for sides in eqn.params["dimension_numbers"]
+    )
 
     def multiply_and_sum(lhs: Any, rhs: Any) -> Any:
+        lhs, rhs = (
+            lax.squeeze(x, ones) if ones else x for x, ones in zip((lhs, rhs), free, strict=True)
+        )
         partner = dict(zip((*lhs_axes, *lhs_batch), (*rhs_axes, *rhs_batch), strict=True))
         rhs = _transpose(rhs, [partner[i] for i in range(lhs.ndim)])
-        wide = [lax.convert_element_type(x, dtype) if x.dtype != dtype else x for x in (lhs, rhs)]
+        wide = [
+            lax.convert_element_type(x, result.dtype) if x.dtype != result.dtype else x
+            for x in (lhs, rhs)
+        ]
         rows = lax.reduce_sum(lax.mul(*wide), tuple(lhs_axes))
         kept = sorted(lhs_batch)
-        return _transpose(rows, [kept.index(i) for i in lhs_batch])
+        rows = _transpose(rows, [kept.index(i) for i in lhs_batch])
+        return lax.reshape(rows, result.shape) if any(free) else rows
 
     return multiply_and_sum
+
+
+def _multiply(eqn: Any) -> Callable[[Any], Any]:
+    """A product of entries, one after the other."""
+    axes = eqn.params["axes"]
+
+    def multiply(x: Any) -> Any:
+        rest = [i for i in range(x.ndim) if i not in axes]
+        count = math.prod(x.shape[i] for i in axes)
+        rows = lax.reshape(_transpose(x, [*axes, *rest]), (count, *(x.shape[i] for i in rest)))
+        return functools.reduce(
+            lax.mul, (lax.index_in_dim(rows, i, 0, False) for i in range(count))
+        )
+
+    return multiply
 
 
 def _transpose(x: Any, permutation: list[int]) -> Any:

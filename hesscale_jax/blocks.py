@@ -22,6 +22,14 @@ A dimension of a value occupies a *span* ``(lo, hi)`` of it: ``lo`` entries of t
 multiplied before the dimension, ``hi`` with it. A dimension of size 1 occupies nothing, ``(1, 1)``.
 So reshapes, reduced values and implicit broadcasts are all read off the spans, and a block is at
 odds with itself when two equations put one value at different spans, or when two spans overlap.
+
+What has an entry for each segment of :mod:`hesscale_jax.segments`, instead of one for each id, lies
+at the span of the ids ``by`` segments, and a sum by segments is a reduction of that span. A block
+has one such span at most.
+
+A loop belongs to a block if its body is one, in which the carries start and end at the same spans,
+what is read at every step lies along them, and nothing that a step hands on takes in a sum over
+either. What is scanned over enters step by step, and has no place in the frame.
 """
 
 import copy
@@ -33,17 +41,47 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, dimension, is_inexact, size
-from hesscale_jax.rules.control_flow import ControlFlow
+from hesscale_jax.along import Along
+from hesscale_jax.rules.control_flow import ControlFlow, scan
 from hesscale_jax.rules.derivatives import Pointwise
-from hesscale_jax.rules.selection import Join, PiecewiseConstant, Reduction, View
+from hesscale_jax.rules.selection import (
+    Join,
+    PiecewiseConstant,
+    Reduction,
+    Scatter,
+    Take,
+    View,
+)
+from hesscale_jax.segments import Ids, Segmented, segmented
 
-__all__ = ["Block", "Loop", "Plan", "loop", "plan"]
+__all__ = ["Block", "Loop", "Plan", "Through", "loop", "moved", "plan"]
 
-Span = tuple[int, int]
+
+class Segments(NamedTuple):
+    """What lies at a span by segments.
+
+    Attributes:
+      ids: The segment of each entry of the span.
+      rest: The other spans along which the ids differ.
+    """
+
+    ids: Ids
+    rest: "Spans"
+
+
+class Span(NamedTuple):
+    """A stretch of the frame; by segments, if there are an entry for each of those instead."""
+
+    lo: int
+    hi: int
+    by: Segments | None = None
+
+
 Spans = tuple[Span, ...]  # one per dimension of a value
 
-NOTHING: Span = (1, 1)
+NOTHING = Span(1, 1)
 
 # The covariance of each pair of a block's reductions is written out. A block of more reductions
 # that share a source than WHOLE is cut to parts of no more than PART.
@@ -60,14 +98,18 @@ class Block:
     Attributes:
       spans: Where each value that the block reads or makes lies in the frame.
       cut: Whether it is part of what would be one block, but for its length.
+      scanned: What its loops scan over, each only one of them. Nothing else of it reads that.
     """
 
     cut = False
 
     def __init__(self, entries: int) -> None:
         self.spans: dict[Value, Spans] = {}
+        self.scanned: frozenset[Value] = frozenset()
         self._of_shape: dict[tuple[int, ...], dict[Spans, None]] = {}
         self._reduced: tuple[Span, ...] | None = None
+        self._segments: Span | None = None
+        self._loops = False
         self._bounds = sorted({1, entries})
 
     @property
@@ -80,21 +122,44 @@ class Block:
     @property
     def frame(self) -> tuple[int, ...]:
         """The sizes of the frame's axes: the coarsest shape that every value is a view of."""
-        return tuple(dimension(hi // lo) for lo, hi in self._axes())
+        return tuple(dimension(axis.hi // axis.lo) for axis in self._axes())
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes of the frame that the block's reductions run over."""
         return tuple(i for i, axis in enumerate(self._axes()) if _inside(axis, self._reduced or ()))
 
+    @property
+    def along(self) -> Along | None:
+        """The axis of the frame along which entries have segments, if there is one."""
+        if self._segments is None or self._segments.by is None:
+            return None
+        axes = list(self._axes())
+        (axis,) = (i for i, each in enumerate(axes) if _inside(each, [self._segments]))
+        rest = self._segments.by.rest
+        batch = tuple(i for i, each in enumerate(axes) if _inside(each, rest))
+        return Along(axis, self.frame[axis], dimension(self._segments.by.ids.segments), batch)
+
+    @property
+    def ids(self) -> tuple[Ids, Spans]:
+        """The ids by which the block has segments, and where they lie."""
+        assert self._segments is not None
+        assert self._segments.by is not None
+        ids, rest = self._segments.by
+        return ids, (*rest, self._segments._replace(by=None))
+
     def view(self, spans: Spans) -> tuple[int, ...]:
         """The shape in the frame of an array whose dimensions lie at ``spans``."""
         return tuple(
-            dimension(hi // lo) if _inside((lo, hi), spans) else 1 for lo, hi in self._axes()
+            dimension(axis.hi // axis.lo) if _inside(axis, spans) else 1 for axis in self._axes()
         )
 
+    def axes_along(self, spans: Spans) -> Spans:
+        """The axes of the frame that ``spans`` consist of."""
+        return tuple(axis for axis in self._axes() if _inside(axis, spans))
+
     def _axes(self) -> Iterator[Span]:
-        return zip(self._bounds, self._bounds[1:], strict=False)
+        return map(Span, self._bounds, self._bounds[1:])
 
     # Growing a block: everything is checked before anything is changed
 
@@ -103,56 +168,99 @@ class Block:
         placed: dict[Value, Spans],
         reduced: tuple[Span, ...] | None = None,
         bounds: Iterable[int] = (),
+        scanned: frozenset[Value] | None = None,
     ) -> None:
-        """Add values at their spans, the spans that a reduction runs over, and other bounds."""
+        """Add values at their spans, the spans that a reduction runs over, and other bounds.
+
+        Or a loop, by what it scans over: it has no sums by segments beside it.
+        """
+        loops = self._loops or scanned is not None
+        scanned = scanned or frozenset()
         if any(self.spans.get(value, spans) != spans for value, spans in placed.items()):
+            raise DoesNotFit
+        if self.scanned & scanned or not (self.scanned | scanned).isdisjoint(placed):
+            raise DoesNotFit
+        if not scanned.isdisjoint(self.spans):
             raise DoesNotFit
         if reduced is not None and self._reduced not in (None, reduced):
             raise DoesNotFit
         found = [span for spans in (*placed.values(), reduced or ()) for span in spans]
-        self._bounds = _refined(self._bounds, {*bounds, *itertools.chain(*found)})
-        self._reduced = self._reduced if reduced is None else reduced
+        reduced = self._reduced if reduced is None else reduced
+        segments = self._one_by_segments(found, reduced)
+        refined = _refined(self._bounds, {*bounds, *_ends(found)})
+        if segments is not None and any(segments.lo < b < segments.hi for b in refined):
+            raise DoesNotFit
+        if segments is not None and loops:
+            raise DoesNotFit
+        self._bounds, self._reduced, self._segments = refined, reduced, segments
+        self._loops = loops
+        self.scanned |= scanned
         self.spans.update(placed)
         for value, spans in placed.items():
             self._of_shape.setdefault(value.sizes, {})[spans] = None
+
+    def _one_by_segments(
+        self, found: Iterable[Span], reduced: tuple[Span, ...] | None
+    ) -> Span | None:
+        """The span that is by segments, if there is one; what is reduced along it is, by them."""
+        by = {span for span in (self._segments, *found) if span is not None and span.by}
+        if len(by) > 1:
+            raise DoesNotFit
+        for span in by:
+            if reduced and span not in reduced and _inside(span, reduced):
+                raise DoesNotFit
+            return span
+        return None
 
     def places(self, shape: tuple[int, ...]) -> Iterable[Spans]:
         """Where the values of a shape lie, the first one's place first."""
         return self._of_shape.get(shape, ())
 
     def fill(self, value: Value) -> bool:
-        """Whether the value has as many entries as the frame."""
-        return size(value.sizes) == self.entries
+        """Whether the value has as many entries as the frame, each at its own place."""
+        by = any(span.by for span in self.spans.get(value, ()))
+        return size(value.sizes) == self.entries and not by
 
     def leaves_clean(self, value: Value) -> bool:
         """Whether the reductions so far run over groups of which a value has one entry each."""
         return not any(
-            max(lo, start) < min(hi, end)
-            for lo, hi in self.spans[value]
-            for start, end in self._reduced or ()
+            max(span.lo, over.lo) < min(span.hi, over.hi)
+            for span in self.spans[value]
+            for over in self._reduced or ()
         )
 
     def absorb(
         self, others: dict["Block", Callable[[Span], Span]], placed: dict[Value, Spans]
     ) -> None:
         """Take over blocks, each span of whose frames is moved to one of this one's, and values."""
-        placed, reduced, bounds = dict(placed), self._reduced, set[int]()
+        placed, bounds = dict(placed), set[int]()
+        reduced: tuple[Span, ...] | None = None
+        scanned: frozenset[Value] | None = None
         for other, move in others.items():
+            over = None if other._reduced is None else merged(map(move, other._reduced))
+            if other._segments is None and any(span.by for span in over or ()):
+                raise DoesNotFit
+            if over is not None and reduced not in (None, over):
+                raise DoesNotFit
+            reduced = over if reduced is None else reduced
             for value, spans in other.spans.items():
-                moved = tuple(map(move, spans))
-                if placed.setdefault(value, moved) != moved:
+                at = tuple(map(move, spans))
+                if placed.setdefault(value, at) != at:
                     raise DoesNotFit
-            if other._reduced is not None:
-                found = merged(map(move, other._reduced))
-                if reduced not in (None, found):
+            bounds.update(_ends(map(move, other._axes())))
+            if other._loops:
+                if scanned is not None and not scanned.isdisjoint(other.scanned):
                     raise DoesNotFit
-                reduced = found
-            bounds.update(itertools.chain(*map(move, other._axes())))
-        self.place(placed, reduced, bounds)
+                scanned = other.scanned.union(scanned or ())
+        self.place(placed, reduced, bounds, scanned)
+
+
+def _ends(spans: Iterable[Span]) -> Iterator[int]:
+    return itertools.chain.from_iterable(span[:2] for span in spans)
 
 
 def _inside(axis: Span, spans: Iterable[Span]) -> bool:
-    return any(lo <= axis[0] and axis[1] <= hi for lo, hi in spans)
+    return any(span.lo <= axis.lo and axis.hi <= span.hi for span in spans)
 
 
 def _refined(bounds: list[int], others: Iterable[int]) -> list[int]:
@@ -173,7 +281,7 @@ def row_major(shape: tuple[int, ...]) -> Spans:
     """The spans of a value that fills the frame."""
     spans, lo = [], 1
     for n in shape:
-        spans.append((lo, lo * n) if n > 1 else NOTHING)
+        spans.append(Span(lo, lo * n) if n > 1 else NOTHING)
         lo *= n
     return tuple(spans)
 
@@ -184,13 +292,14 @@ def broadcast(shape: tuple[int, ...], spans: Sequence[Span]) -> Spans:
 
 
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Adjacent spans as one, in order."""
+    """Adjacent spans as one, in order; not those by segments."""
     stretches: list[Span] = []
-    for lo, hi in sorted(s for s in spans if s != NOTHING):
-        if stretches and stretches[-1][1] == lo:
-            stretches[-1] = (stretches[-1][0], hi)
+    for span in sorted((s for s in spans if s != NOTHING), key=lambda s: s[:2]):
+        last = stretches[-1] if stretches else NOTHING
+        if last != NOTHING and last.hi == span.lo and not (last.by or span.by):
+            stretches[-1] = Span(last.lo, span.hi)
         else:
-            stretches.append((lo, hi))
+            stretches.append(span)
     return tuple(stretches)
 
 
@@ -202,12 +311,18 @@ def reshaped(spans: Iterable[Span], shape: tuple[int, ...]) -> Spans:
         if n == 1:
             result.append(NOTHING)
             continue
-        lo, hi = stretches.pop(0)
+        span = stretches.pop(0)
+        lo, hi = span.lo, span.hi
+        if span.by:
+            if n != span.by.ids.segments:
+                raise DoesNotFit
+            result.append(span)
+            continue
         if (hi // lo) % n:
             raise DoesNotFit
-        result.append((lo, lo * n))
+        result.append(Span(lo, lo * n))
         if lo * n < hi:
-            stretches.insert(0, (lo * n, hi))
+            stretches.insert(0, Span(lo * n, hi))
     return tuple(result)
 
 
@@ -225,12 +340,31 @@ def broadcast_like(
             return placed
     result, behind = [], 1
     for i, n in enumerate(new.sizes):
-        lo, hi = kept.get(i, (behind, behind * n)) if n > 1 else NOTHING
-        if n > 1 and lo < behind:
+        span = kept.get(i, Span(behind, behind * n)) if n > 1 else NOTHING
+        if n > 1 and span.lo < behind:
             raise DoesNotFit
-        behind = max(behind, hi)
-        result.append((lo, hi))
+        behind = max(behind, span.hi)
+        result.append(span)
     return tuple(result)
+
+
+def by_segments(spans: Spans, segments: Segmented) -> Spans:
+    """The spans of what has an entry for each segment, from those of what has one for each id."""
+    axis = segments.axis
+    if spans[axis].by:
+        raise DoesNotFit
+    rest = tuple(spans[i] for i in segments.along if i != axis)
+    at = spans[axis]._replace(by=Segments(segments.ids, rest))
+    return (*spans[:axis], at if segments.ids.segments > 1 else NOTHING, *spans[axis + 1 :])
+
+
+def _broadcast_dimensions(eqn: Equation, segments: Segmented | None) -> Sequence[int] | None:
+    """The dimensions of the result of a broadcast, as that from a single segment is."""
+    if eqn.name == "broadcast_in_dim":
+        return tuple(eqn.params["broadcast_dimensions"])
+    if eqn.name == "gather" and segments is not None and segments.ids.segments == 1:
+        return range(len(eqn.outputs[0].shape))
+    return None
 
 
 # The analysis of a program
@@ -244,11 +378,15 @@ class Plan:
       active: Values on a differentiable path from an active input to an output.
       rules: The rule of each equation on such a path.
       blocks: The block of each equation that is in one.
+      segments: The scatters and gathers that undo each other.
+      loops: How a block leads through the loops among them.
     """
 
     active: frozenset[Value]
     rules: dict[Equation, Any]
     blocks: dict[Equation, Block]
+    segments: dict[Equation, Segmented]
+    loops: "dict[Equation, Through]"
 
 
 def plan(
@@ -266,7 +404,11 @@ def plan(
       find: The rule of an equation, ``None`` if there is none.
     """
     active, rules = _paths(program, moving, wanted, find)
-    return Plan(active, rules, _Grouping(active).run(rules))
+    segments = segmented(program, rules, active)
+    found = {eqn: _through(eqn, active, find) for eqn, rule in rules.items() if rule is scan}
+    loops = {eqn: through for eqn, through in found.items() if through is not None}
+    blocks = _Grouping(active, segments, loops).run(rules)
+    return Plan(active, rules, blocks, segments, loops)
 
 
 # Paths
@@ -365,6 +507,139 @@ def _moving(
         moves |= more
 
 
+# Loops within blocks
+
+
+class Through(NamedTuple):
+    """How a block leads through a loop.
+
+    Attributes:
+      plan: The analysis of the body, all of whose equations on a path are in one block.
+      block: That block.
+      guide: The largest of the carries on a path, by its number.
+      axes: The axes of that frame along which the guide lies.
+      operands: Where what is read at every step, or is carried first, lies in the frame.
+      carries: Where each of the carries on a path does.
+      scanned: What is scanned over.
+      depends: The operands that each of the carries depends on at any step.
+      fed: The carries that depend on what is scanned over.
+    """
+
+    plan: Plan
+    block: Block
+    guide: int
+    axes: Spans
+    operands: dict[Value, Spans]
+    carries: dict[int, Spans]
+    scanned: frozenset[Value]
+    depends: dict[int, frozenset[Value]]
+    fed: frozenset[int]
+
+
+def _through(
+    eqn: Equation, active: frozenset[Value], find: Callable[[Equation], Any]
+) -> Through | None:
+    """How a block leads through a loop; ``None`` if it does not."""
+    (body,) = eqn.bodies
+    consts, carry, xs = _jaxpr.scan_groups(eqn)
+    length = eqn.params["length"]
+    if eqn.sources[0].effects or not isinstance(length, int) or length == 0:
+        return None
+    inputs, outputs = body.program.inputs, body.program.outputs
+    paths = loop(eqn, body, active, active, find)
+    wanted = [outputs[i] for i in sorted(paths.wanted)]
+    steps = plan(body.program, paths.moving, wanted, find)
+    block = _one(steps)
+    if block is None or block.along is not None:
+        return None
+    steps = dataclasses.replace(steps, blocks=dict.fromkeys(steps.rules, block))
+
+    first = carry.start
+    carries = [i for i in range(len(carry)) if outputs[i] in steps.active]
+    read = [i for i in (*consts, *carry) if inputs[i] in steps.active]
+    scanned = [eqn.inputs[i] for i in xs if inputs[i] in steps.active]
+    lying = [*(inputs[i] for i in read), *(outputs[i] for i in carries)]
+    moving = {i: eqn.inputs[i] for i in read if eqn.inputs[i] in active}
+    if (
+        not carries
+        or any(v not in block.spans for v in lying)
+        or any(i in carry and i - first not in carries for i in read)
+        or any(
+            block.spans[inputs[i]] != block.spans[outputs[i - first]] for i in read if i in carry
+        )
+        or len({*scanned, *moving.values()}) < len(scanned) + len({*moving.values()})
+    ):
+        return None
+    guide = max(carries, key=lambda i: size(outputs[i].sizes))
+    axes = block.axes_along(block.spans[outputs[guide]])
+    operands = {x: block.spans[inputs[i]] for i, x in moving.items()}
+    if any(operands[x] != block.spans[inputs[i]] for i, x in moving.items()):
+        return None
+    if any(axis not in axes for v in lying for axis in block.axes_along(block.spans[v])):
+        return None
+    scanned_in = {inputs[i]: i for i in xs if inputs[i] in steps.active}
+    depends, summed = _dependencies(steps, {inputs[i]: i for i in read}, scanned_in)
+    view = block.view(axes)
+    across = any(view[axis] != 1 for axis in block.reduced)  # else no sum is over a carry
+    if across and any(outputs[i] in summed for i in carries):
+        return None
+    reach = {i: depends[outputs[i]] for i in carries}
+    while True:
+        more = {
+            i: found.union(*(reach[j - first] for j in found if j in carry))
+            for i, found in reach.items()
+        }
+        if more == reach:
+            break
+        reach = more
+    return Through(
+        plan=steps,
+        block=block,
+        guide=guide,
+        axes=axes,
+        operands=operands,
+        carries={i: block.spans[outputs[i]] for i in carries},
+        scanned=frozenset(scanned),
+        depends={
+            i: frozenset(moving[j] for j in (found | {first + i}) & moving.keys())
+            for i, found in reach.items()
+        },
+        fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),
+    )
+
+
+def _one(steps: Plan) -> Block | None:
+    """One block of all of a program's blocks, if all equations on a path are in one."""
+    blocks = dict.fromkeys(steps.blocks.get(eqn) for eqn in steps.rules)
+    if not blocks or any(block is None or block.cut for block in blocks):
+        return None
+    one, *others = sorted(filter(None, blocks), key=lambda block: -block.entries)
+    try:
+        for other in others:
+            if other.entries not in (1, one.entries):
+                raise DoesNotFit
+            one.absorb({other: lambda span: span}, {})
+    except DoesNotFit:
+        return None
+    return one
+
+
+def _dependencies(
+    steps: Plan, local: dict[Value, int], others: dict[Value, int]
+) -> tuple[dict[Value, frozenset[int]], set[Value]]:
+    """The sources that each value depends on, and the values that take in sums over local ones."""
+    depends = {v: frozenset([i]) for v, i in (*local.items(), *others.items())}
+    summed: set[Value] = set()
+    for eqn, rule in steps.rules.items():
+        operands = [v for v in eqn.inputs if v in steps.active]
+        found = frozenset[int]().union(*(depends[v] for v in operands))
+        depends.update(dict.fromkeys(eqn.outputs, found))
+        sums = isinstance(rule, Reduction) and not found.isdisjoint(local.values())
+        if sums or not summed.isdisjoint(operands):
+            summed.update(eqn.outputs)
+    return depends, summed
+
+
 Unit = Block | Equation
 
 
@@ -374,30 +649,46 @@ class _Grouping:
     A *unit* is a block, or an equation in none. No unit may come before itself.
     """
 
-    def __init__(self, active: frozenset[Value]) -> None:
+    def __init__(
+        self,
+        active: frozenset[Value],
+        segments: dict[Equation, Segmented],
+        loops: dict[Equation, Through],
+    ) -> None:
         self._active = active
+        self._segments = segments
+        self._loops = loops
         self._level: dict[Value, int] = {}
+        self._placed: set[Value] = set()  # what lies in the block that makes it
         self._maker: dict[Value, Unit] = {}
         self._reducing: set[Value] = set()  # values that depend on a reduction in their block
         self._into: dict[Unit, Block] = {}  # absorbed blocks
         self._before: dict[Unit, set[Unit]] = {}  # what made the values that a unit reads
         self._levels: dict[Unit, tuple[int, int]] = {}  # the lowest and the highest of its values
         self._lowest = sys.maxsize  # the lowest level in a block that has several
+        self._waiting: set[Value] = set()  # taken by ids, alone in a block that nothing reads yet
 
     def run(self, rules: dict[Equation, Any]) -> dict[Equation, Block]:
         for eqn, rule in rules.items():
             operands = [v for v in eqn.inputs if v in self._active]
             level = max(self._level.get(v, 0) for v in operands)
             block = None
-            if isinstance(rule, Pointwise | Reduction | View | Join):
+            fits = isinstance(rule, Pointwise | Reduction | View | Join)
+            if fits or eqn in self._segments or eqn in self._loops:
+                for value in self._waiting.intersection(operands):
+                    self._waiting.remove(value)
+                    self._level[value] = level
+                    self._levels[self._maker[value]] = level, level
                 block = self._joined(eqn, rule, operands, level)
                 if block is None:
                     level += 1
-                    if isinstance(rule, Pointwise | Reduction):
+                    if not isinstance(rule, View | Join):
                         block = self._join(eqn, rule, operands, {})
             else:
                 level += 1
             self._add(eqn, rule, operands, block or eqn, level)
+            if block is not None and isinstance(rule, Take) and self._is_new(block):
+                self._waiting.update(eqn.outputs)
         whole: dict[Block, list[Equation]] = {}
         for eqn in rules:
             if isinstance(unit := self._made_by(eqn.outputs[0]), Block):
@@ -415,13 +706,16 @@ class _Grouping:
         before = {maker for maker in makers.values() if maker is not None} - {unit}
         self._before.setdefault(unit, set()).update(before)
         self._extend(unit, level, level)
-        if isinstance(rule, Reduction) or any(
+        if isinstance(rule, Reduction | Scatter) or any(
             v in self._reducing and makers[v] is unit for v in operands
         ):
             self._reducing.update(eqn.outputs)
-        for value in eqn.outputs:
-            self._level[value] = level
+        for i, value in enumerate(eqn.outputs):
             self._maker[value] = unit
+            inside = isinstance(unit, Block) and not self._is_handed_out(eqn, i)
+            self._level[value] = level + (isinstance(unit, Block) and not inside)
+            if inside:
+                self._placed.add(value)
 
     def _extend(self, unit: Unit, low: int, high: int) -> None:
         """Let a unit have values of these levels too."""
@@ -432,7 +726,8 @@ class _Grouping:
 
     def _joined(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block | None:
         """The block that an equation joins, one of the same level first."""
-        made = {v: b for v in operands if isinstance(b := self._made_by(v), Block)}
+        placed = (v for v in operands if v in self._placed)
+        made = {v: b for v in placed if isinstance(b := self._made_by(v), Block)}
         here = {v: block for v, block in made.items() if self._level[v] == level}
         # Whose entries share sources, by way of a reduction: cut off there, terms would be lost.
         bound = {v: b for v, b in made.items() if v in self._reducing and not b.leaves_clean(v)}
@@ -450,6 +745,8 @@ class _Grouping:
     ) -> Block:
         """Put an equation into one block with those of some operands, or raise ``DoesNotFit``."""
         self._check_order(set(homes.values()), operands)
+        if eqn in self._loops:
+            return self._join_loop(eqn, self._loops[eqn], homes)
         (result,) = eqn.outputs
         if isinstance(rule, Pointwise):
             # The result lies where the operands of its shape do; one of a single entry, nowhere.
@@ -468,21 +765,71 @@ class _Grouping:
 
         (operand,) = set(operands)
         block = homes.get(operand) or Block(size(operand.sizes))
-        if eqn.name == "broadcast_in_dim" and block.entries == size(operand.sizes):
-            dimensions = eqn.params["broadcast_dimensions"]
+        dimensions = _broadcast_dimensions(eqn, self._segments.get(eqn))
+        if isinstance(rule, Take) and dimensions is None:
+            return self._take(result, operand, self._segments[eqn], homes)
+        if dimensions is not None and block.fill(operand):
             return self._fill_frame(result, {operand: dimensions}, homes)
         spans = block.spans.get(operand, row_major(operand.sizes))
-        reduced = None
-        if isinstance(rule, Reduction):
+        reduced: tuple[Span, ...] | None = None
+        if isinstance(rule, Scatter):
+            axis = self._segments[eqn].axis
+            made = by_segments(spans, self._segments[eqn])
+            reduced = (made[axis] if made[axis].by else spans[axis],)
+        elif isinstance(rule, Reduction):
             axes = rule.axes(eqn)
             reduced = merged(spans[i] for i in axes) or None
+            if any(span.by for span in reduced or ()):
+                raise DoesNotFit
             made = reshaped((s for i, s in enumerate(spans) if i not in axes), result.sizes)
-        elif eqn.name == "broadcast_in_dim":
-            made = broadcast_like(block, spans, operand, result, eqn.params["broadcast_dimensions"])
+        elif dimensions is not None:
+            made = broadcast_like(block, spans, operand, result, dimensions)
         else:
             made = reshaped(spans, result.sizes)
         block.place({operand: spans, result: made}, reduced)
         return block
+
+    def _take(
+        self, result: Value, operand: Value, segments: Segmented, homes: dict[Value, Block]
+    ) -> Block:
+        """The block of what is taken by ids: that of a sum by them, or a new one."""
+        block = homes.get(operand) or Block(size(result.sizes))
+        made = row_major(result.sizes)
+        if operand in homes:
+            made = tuple(Span(span.lo, span.hi) for span in block.spans[operand])
+        block.place({operand: by_segments(made, segments), result: made})
+        return block
+
+    def _join_loop(self, eqn: Equation, through: Through, made: dict[Value, Block]) -> Block:
+        """Put a loop into the block of what it carries, or raise ``DoesNotFit``."""
+        if not through.scanned.isdisjoint(made):
+            raise DoesNotFit
+        homes = {v: made[v] for v in through.operands if v in made}
+        result = eqn.outputs[through.guide]
+        spans, entries = row_major(result.sizes), size(result.sizes)
+        alike = [v for v in homes if v.sizes == result.sizes and entries > 1]
+        if alike:
+            guide = max(alike, key=lambda v: homes[v].entries)
+            spans, entries = homes[guide].spans[guide], homes[guide].entries
+        elif homes and entries == 1:
+            entries = max(home.entries for home in homes.values())
+        move = moved(through.carries[through.guide], spans)
+        placed = {v: tuple(map(move, at)) for v, at in through.operands.items()}
+        block = self._merge(result, spans, placed, homes, entries)
+        results = {eqn.outputs[i]: tuple(map(move, at)) for i, at in through.carries.items()}
+        bounds = _ends(map(move, through.axes))
+        block.place(results, bounds=bounds, scanned=through.scanned)
+        return block
+
+    def _is_handed_out(self, eqn: Equation, position: int) -> bool:
+        """Whether a result is read in other blocks alone.
+
+        What a loop hands out at each step has no place in the frame. A sum by segments that nothing
+        takes back has one, but what is computed of it is smaller outside.
+        """
+        if eqn in self._segments:
+            return self._segments[eqn].ends
+        return eqn in self._loops and position not in self._loops[eqn].carries
 
     def _fill_frame(
         self, result: Value, dimensions: dict[Value, Sequence[int]], homes: dict[Value, Block]
@@ -515,6 +862,10 @@ class _Grouping:
             self._before.setdefault(block, set()).update(self._before[home])
             self._extend(block, *self._levels[home])
         return block
+
+    def _is_new(self, block: Block) -> bool:
+        """Whether a block has a single equation."""
+        return len(block.spans) == 2
 
     def _check_order(self, homes: set[Block], operands: list[Value]) -> None:
         """Raise if a block of these and of an equation with the operands came before itself."""
@@ -562,10 +913,10 @@ def _parts(
 ) -> Iterator[list[Equation]]:
     """A block's equations in runs, if more than ``WHOLE`` of its reductions share a source."""
     start = 0
-    ends = _ends(equations, start, rules, active, WHOLE)
+    ends = _run_ends(equations, start, rules, active, WHOLE)
     if ends:
         last = {v: i for i, eqn in enumerate(equations) for v in eqn.inputs}
-        while ends := _ends(equations, start, rules, active, PART):
+        while ends := _run_ends(equations, start, rules, active, PART):
             # Where the fewest values go on to the next run, which takes them as independent.
             end = min(reversed(ends), key=functools.partial(_crossing, equations, last, start))
             yield equations[start:end]
@@ -573,7 +924,7 @@ def _parts(
     yield equations[start:]
 
 
-def _ends(
+def _run_ends(
     equations: list[Equation],
     start: int,
     rules: dict[Equation, Any],
@@ -613,19 +964,31 @@ def _move(
         raise DoesNotFit
     if stays:
         return None
-    old, new = home.spans[full], placed[full]
+    move = moved(home.spans[full], placed[full])
+    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
+        raise DoesNotFit
+    return move
+
+
+def moved(old: Spans, new: Spans) -> Callable[[Span], Span]:
+    """Where the spans of a frame come to lie if those of a value in it move."""
 
     def move(span: Span) -> Span:
-        parts = [
-            (to * max(span[0], lo) // lo, to * min(span[1], hi) // lo)
-            for (lo, hi), (to, _) in zip(old, new, strict=True)
-            if max(span[0], lo) < min(span[1], hi)
-        ]
+        parts = []
+        for was, at in zip(old, new, strict=True):
+            lo, hi = max(span.lo, was.lo), min(span.hi, was.hi)
+            if at.by and lo < hi and ((lo, hi) != was[:2] or not at.by.ids.known):
+                raise DoesNotFit
+            if lo < hi:
+                parts.append(at if at.by else Span(at.lo * lo // was.lo, at.lo * hi // was.lo))
         stretches = merged(parts)
         if len(stretches) > 1:
             raise DoesNotFit
-        return stretches[0] if stretches else NOTHING
+        moved = stretches[0] if stretches else NOTHING
+        if span.by is None:
+            return moved
+        if moved.by is not None:
+            raise DoesNotFit
+        return moved._replace(by=span.by._replace(rest=tuple(map(move, span.by.rest))))
 
-    if any(tuple(map(move, home.spans[v])) != placed[v] for v in values):
-        raise DoesNotFit
     return move

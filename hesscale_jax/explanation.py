@@ -21,7 +21,9 @@ import jax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
 from hesscale_jax.blocks import Block, Plan, loop, plan
+from hesscale_jax.forms import Form
 from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.images import Images
 from hesscale_jax.layout import layouts
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
@@ -127,7 +129,8 @@ def _explained(
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
     marked = curvature == "gauss_newton"
-    report = _Explanation(program, steps, head, names, rule, marked).report(title)
+    images = Images(steps, program.inputs, program.outputs[:1])
+    report = _Explanation(program, steps, images, head, names, rule, marked).report(title)
     found = layouts(program, program.outputs[:1], rule, program.inputs)
     return dataclasses.replace(
         report, layouts=tuple(zip(map(names.__getitem__, program.inputs), found, strict=True))
@@ -152,6 +155,7 @@ class _Explanation:
         self,
         program: Program,
         steps: Plan,
+        images: Images,
         head: LossHead,
         names: dict[Value, str],
         rule: Callable[[Equation], Any],
@@ -159,6 +163,7 @@ class _Explanation:
     ) -> None:
         self._program = program
         self._plan = steps
+        self._images = images
         self._head = head
         self._rule = rule
         self._marked = marked
@@ -204,18 +209,25 @@ class _Explanation:
         self._same = same
         return True
 
-    def _reads(self, eqn: Equation) -> list[Any]:
-        """The active operands of an equation, one entry for each time that it reads one."""
+    def _read_as(self, eqn: Equation) -> list[tuple[Value, Value]]:
+        """The active operands of an equation, and what each is a renaming of."""
         values = [v for v in eqn.inputs if v in self._plan.active]
         if eqn in self._loops:
             inside = set().union(*(paths.read for paths in self._loops[eqn]))
             values = [v for v in values if v in inside]
-        return [self._same.get(v, v) for v in values]
+        return [(v, self._same.get(v, v)) for v in values]
+
+    def _reads(self, eqn: Equation) -> list[Any]:
+        """The active operands of an equation, one entry for each time that it reads one."""
+        return [name for _, name in self._read_as(eqn)]
 
     def _entering(self, unit: _Unit) -> dict[Value, int]:
         """The values that a step reads; how often, if it takes each time as independent."""
-        reads = [v for eqn in unit.equations for v in self._reads(eqn) if v not in unit.made]
-        return dict.fromkeys(reads, 1) if unit.block is not None else dict(Counter(reads))
+        read = [v for eqn in unit.equations for v in self._read_as(eqn)]
+        read = [(v, name) for v, name in read if name not in unit.made]
+        # A block knows what it reads more than once, if it is not under another name.
+        read = list(dict.fromkeys(read)) if unit.block is not None else read
+        return dict(Counter(name for _, name in read))
 
     def _ordered(self, units: list[_Unit]) -> list[_Unit]:
         """The units so that each comes after those it reads from, else in program order."""
@@ -267,7 +279,7 @@ class _Explanation:
             library=next(filter(None, map(_library_line, unit.equations)), ""),
             marks=tuple(self._marks(unit)),
             reason=reason,
-            bodies=tuple(self._bodies(first)),
+            bodies=tuple(itertools.chain(*map(self._bodies, unit.equations))),
         )
 
     def _marks(self, unit: _Unit) -> Iterator[str]:
@@ -289,7 +301,10 @@ class _Explanation:
             steps = plan(inner, paths.moving, wanted, self._rule)
             head = self._head.inside(eqn, body, steps.rules, affine_in(steps))
             names = self._handed(eqn, body)
-            yield _Explanation(inner, steps, head, names, self._rule, self._marked).report(title)
+            leaves = self._images.leaves_within(eqn, body)
+            images = Images(steps, leaves, self._images.last_within(eqn, body, steps))
+            inside = _Explanation(inner, steps, images, head, names, self._rule, self._marked)
+            yield inside.report(title)
 
     def _handed(self, eqn: Equation, body: Body) -> dict[Value, str]:
         """What to call the inputs of a body."""
@@ -317,32 +332,37 @@ class _Explanation:
         )
 
     def _shared(self) -> Iterator[Shared]:
-        """Constants of a loop, and carries if there are several."""
-        for unit in self._units:
-            eqn = unit.equations[0]
+        """Constants of a loop, and carries if there are several.
+
+        A loop in a block drops nothing at these, but between what its steps hand out.
+        """
+        pairs = ((unit, eqn) for unit in self._units for eqn in unit.equations)
+        for unit, eqn in pairs:
             if eqn.name != "scan" or eqn not in self._loops:
                 continue
             constants, carry, _ = _jaxpr.scan_groups(eqn)
             ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
-            for i in constants:
+            in_block = eqn in self._plan.loops
+            handed_out = any(v in self._plan.active for v in eqn.outputs[len(carry) :])
+            for i in constants if handed_out or not in_block else ():
                 if eqn.inputs[i] in paths.read:
                     value = self._same.get(eqn.inputs[i], eqn.inputs[i])
                     name = self._names.get(value, _described(value))
                     yield Shared(f"{name}, read at every step", unit.index)
             moving = [v for i in carry if (v := body.program.inputs[i]) in paths.moving]
-            if len(moving) > 1:
+            if len(moving) > 1 and not in_block:
                 values = ", ".join(map(_described, moving))
                 yield Shared(f"carries {values}, which one step hands to the next", unit.index)
 
     def _dropped(self) -> Iterator[Dropped]:
         for value, name in self._names.items():
             edges = [(value, unit) for unit in self._readers[value]]
-            meeting = self._meeting(edges, {value: frozenset([value])})
+            meeting = self._meeting(edges, {value: frozenset([value])}, {value})
             if meeting is not None:
                 yield Dropped(name, None, _indices(edges), meeting.index)
         for unit in self._units:
             edges = [(v, later) for v in unit.results for later in self._readers[v]]
-            meeting = self._meeting(edges, self._origins(unit))
+            meeting = self._meeting(edges, self._origins(unit), {v for v, _ in edges})
             if meeting is not None:
                 values = ", ".join(dict.fromkeys(_described(v) for v, _ in edges))
                 maker = next(eqn for eqn in unit.equations if edges[0][0] in eqn.outputs)
@@ -357,12 +377,29 @@ class _Explanation:
             origins.update(dict.fromkeys(eqn.outputs, frozenset[Value]().union(*reads)))
         return origins
 
+    def _forms(self, unit: _Unit) -> dict[Value, Form]:
+        """The forms of what a step reads, where images of one value meet in it."""
+        if unit.block is not None:
+            return self._images.blocks.get(unit.block, {})
+        (eqn, *_) = unit.equations
+        return dict(zip(eqn.inputs, self._images.products.get(eqn, ()), strict=False))
+
+    def _knows(self, unit: _Unit, entering: Value, sources: set[Value]) -> bool:
+        """Whether a step knows how what enters it varies with one of the sources."""
+        forms = self._forms(unit)
+        read = [v for eqn in unit.equations for v, name in self._read_as(eqn) if name is entering]
+        return bool(forms) and all(v in forms and not sources.isdisjoint(forms[v].of) for v in read)
+
     def _meeting(
-        self, edges: list[tuple[Value, _Unit]], origins: dict[Value, frozenset[Value]]
+        self,
+        edges: list[tuple[Value, _Unit]],
+        origins: dict[Value, frozenset[Value]],
+        sources: set[Value],
     ) -> _Unit | None:
         """The first step where two branches with a common origin meet, before the affine end.
 
-        Branches are walked step by step, until two meet or but one is left.
+        Branches are walked step by step, until two meet or but one is left. Those that meet where
+        it is known how both vary with one of the sources go on as one.
         """
         entering: dict[_Unit, dict[Value, frozenset[int]]] = defaultdict(dict)
         origin: list[frozenset[Value]] = []
@@ -376,6 +413,11 @@ class _Explanation:
         while ahead and len(walking) > 1:
             _, unit = heapq.heappop(ahead)
             arrived = entering.pop(unit)
+            if all(self._knows(unit, value, sources) for value in arrived):
+                one = frozenset([min(b for bs in arrived.values() for b in bs)])
+                walking -= Counter(b for bs in arrived.values() for b in bs)
+                arrived = dict.fromkeys(arrived, one)
+                walking.update(b for bs in arrived.values() for b in bs)
             branches = self._through(unit, arrived)
             for met in branches.values():
                 if any(origin[a] & origin[b] for a, b in itertools.combinations(met, 2)):

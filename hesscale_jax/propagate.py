@@ -14,14 +14,18 @@ from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
+from hesscale_jax.forms import Reader, variance
 from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.images import Images, Needs, Part
 from hesscale_jax.layout import arrivals, reads
-from hesscale_jax.moments import Moments
+from hesscale_jax.loops import LoopArithmetic
+from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.pointwise import BlockArithmetic
+from hesscale_jax.rules.control_flow import filled, run_steps
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.fourier import fourier
-from hesscale_jax.rules.multilinear import multilinear
-from hesscale_jax.rules.selection import Join, Reduction, Selection, View
+from hesscale_jax.rules.multilinear import met, multilinear
+from hesscale_jax.rules.selection import Join, Reduction, Scatter, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
 
 __all__ = ["affine_in", "propagate"]
@@ -57,7 +61,8 @@ def propagate(
     if curvature == "gauss_newton":
         named = names_output(program)
         head = LossHead(program, steps.rules, affine_in(steps), moving, named=named)
-    return _Walk(program, operands, steps, rules, head, spreads).run()
+    last = program.outputs[:1]
+    return _Walk(program, operands, steps, rules, head, spreads, moving, last).run()
 
 
 class _Walk:
@@ -74,6 +79,8 @@ class _Walk:
         rules: Mapping[Any, Any],
         head: LossHead | None,
         spreads: bool,
+        leaves: Iterable[Value],
+        last: Iterable[Value],
     ) -> None:
         self._program = program
         self.plan = steps
@@ -81,21 +88,24 @@ class _Walk:
         self.head = head
         self._spreads = spreads
         self._moments = dict(zip(program.inputs, operands, strict=True))
-        self._arriving = self._routed()
+        factored = [v for v, x in self._moments.items() if isinstance(x.spread, Factored)]
+        self.images = Images(steps, leaves, last, factored)
+        self._arriving = self._routed(factored)
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
+        self._kept: Container[Value] = ()  # what is read, in its block, when all has run
 
     def run(self) -> list[Moments]:
         self._run(self._program.equations, None)
         read = self._collapsed if self._spreads else self._read
         return list(map(read, self._program.outputs))
 
-    def _routed(self) -> dict[Equation, dict[int, Factored]]:
+    def _routed(self, factored: Sequence[Value]) -> dict[Equation, dict[int, Factored]]:
         """The structured spreads of inputs, taken to the operands that they are meant for."""
         arriving: dict[Equation, dict[int, Factored]] = defaultdict(dict)
-        factored = {v: x for v, x in self._moments.items() if isinstance(x.spread, Factored)}
         readers = reads(self.plan) if factored else {}
-        for value, x in factored.items():
+        for value in factored:
+            x = self._moments[value]
             self._moments[value] = x._replace(spread=None)
             for eqn, position, axes in arrivals(readers, value, x.spread.axes):
                 arriving[eqn][position] = dataclasses.replace(x.spread, axes=axes)
@@ -119,12 +129,18 @@ class _Walk:
         if eqn not in self.plan.rules:
             return list(map(Moments, _jaxpr.run(eqn, *(self._read(v).primal for v in eqn.inputs))))
         rule = self.plan.rules[eqn]
+        if eqn in self.plan.loops:
+            return self._loop_in_block(eqn)
         if eqn in self.plan.blocks:
             return [self._in_block(eqn, rule)]
         operands = [self._collapsed(v) for v in eqn.inputs]
         for i, spread in self._arriving.get(eqn, {}).items():
             operands[i] = operands[i]._replace(spread=spread)
-        return _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
+        results = _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
+        if eqn in self.images.products:
+            forms = self.images.products[eqn]
+            results = [met(eqn, results[0], forms, self._varies, self._primal, self.curved(eqn))]
+        return results
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:
         arithmetic = self._arithmetic(self.plan.blocks[eqn])
@@ -137,12 +153,63 @@ class _Walk:
             return arithmetic.pointwise(eqn, phi, operands, active, self.curved(eqn))
         if isinstance(rule, Reduction):
             return arithmetic.reduction(eqn, rule, operands)
+        if eqn in self.plan.segments:
+            how = self.plan.segments[eqn]
+            if isinstance(rule, Scatter):
+                return arithmetic.scatter(eqn, rule, operands, how)
+            return arithmetic.take(eqn, operands, how)
         return arithmetic.view(eqn, operands)
+
+    def _loop_in_block(self, eqn: Equation) -> list[Moments]:
+        """A loop that a block leads through: the body is part of the block."""
+        (body,), through = eqn.bodies, self.plan.loops[eqn]
+        around = self._arithmetic(self.plan.blocks[eqn])
+        arithmetic = LoopArithmetic(eqn, through, around)
+        head = self.head and self.head.inside(
+            eqn, body, through.plan.rules, affine_in(through.plan)
+        )
+        groups = _jaxpr.scan_groups(eqn)
+        consts, carry = ([self._read(eqn.inputs[i]) for i in group] for group in groups[:2])
+        xs = [self._collapsed(eqn.inputs[i]) for i in groups[2]]
+        moving = [i in through.carries for i in range(len(carry))]
+
+        def handed_on(carry: Sequence[Moments]) -> list[Moments]:
+            return [x._replace(spread=None) for x in filled(carry, moving)]
+
+        def step(state: Any, xs: list[Moments]) -> Any:
+            carry, carried = state
+            operands = [*consts, *carry, *xs]
+            steps = through.plan
+            walk = _Walk(body.program, operands, steps, self.rules, head, True, (), ())
+            walk._kept = frozenset(arithmetic.handed_on)
+            inside = walk._arithmetic(through.block)
+            walk._made_in.update(dict.fromkeys(arithmetic.enter(carried, inside), inside))
+            walk._run(body.program.equations, None)
+            carry = handed_on(list(map(walk._read, arithmetic.handed_on)))
+            ys = list(map(walk._collapsed, body.program.outputs[len(carry) :]))
+            return (carry, arithmetic.leave(inside)), ys
+
+        start = handed_on(carry), arithmetic.start()
+        (carry, carried), ys = run_steps(eqn, step, start, xs, Recursion(self, eqn).policy)
+        arithmetic.finish(carried)
+        self._made_in.update((eqn.outputs[i], around) for i in through.carries)
+        return [*carry, *ys]
 
     def _arithmetic(self, block: Block) -> BlockArithmetic:
         if block not in self._blocks:
-            self._blocks[block] = BlockArithmetic(block, lambda v: self._collapsed(v).spread)
+            forms = self.images.blocks.get(block, {})
+            self._blocks[block] = BlockArithmetic(block, forms, self._varies, self._primal)
         return self._blocks[block]
+
+    def _varies(self, source: Value | Part) -> Any:
+        """The spread of a source of forms."""
+        if isinstance(source, Value):
+            return self._collapsed(source).spread
+        reader = Reader(self._primal, spread_dtype(source.value.dtype))
+        return variance(source.form, self._varies, reader)
+
+    def _primal(self, value: Value) -> Any:
+        return self._moments[value].primal
 
     def _read(self, atom: Value | Constant) -> Moments:
         """Without the spread, if the value was made in a block."""
@@ -171,11 +238,18 @@ class _Walk:
         handed = dict.fromkeys(v for v, _ in reading)
         handed.update((v, None) for v in self._program.outputs if v in made)
         shared = dict.fromkeys(v for v, eqn in reading if self._stays(v, eqn))
+        read_here, read_after = self._read_by_forms(inside)
+        handed.update((v, None) for v in (*read_after.values, *read_after.sources) if v in made)
+        shared.update((v, None) for v in made if v in self._kept and v in self._home)
         spread = [v for v, eqn in reading if eqn in self.plan.rules and not self._stays(v, eqn)]
         spread += [v for v in self._program.outputs if v in made and self._spreads]
+        spread += [v for v in read_after.sources if v in made]
 
         for value, eqn in entering:
             if eqn in self.plan.rules and not self._stays(value, eqn):
+                self._collapsed(value)
+        for value in read_here.sources:
+            if value not in made:
                 self._collapsed(value)
         before = [v for v, eqn in entering if self._stays(v, eqn)]
         known = {id(holder[key]) for holder, key in self._held(before)}
@@ -215,6 +289,15 @@ class _Walk:
             inside = [v for v in made if v not in shared and self._home.get(v) is block]
             arithmetic.forget(arithmetic.sources - before - handed_over, inside)
 
+    def _read_by_forms(self, inside: set[Equation]) -> tuple[Needs, Needs]:
+        """What the forms that are used at these equations need, and those used elsewhere."""
+        here, elsewhere = Needs(set(), set()), Needs(set(), set())
+        for eqn, needs in self.images.needs:
+            among = here if eqn in inside else elsewhere
+            among.values.update(needs.values)
+            among.sources.update(needs.sources)
+        return here, elsewhere
+
     def _stays(self, value: Any, reader: Equation) -> bool:
         """Whether a value is read in the block that makes it."""
         block = self.plan.blocks.get(reader)
@@ -232,7 +315,8 @@ class _Walk:
     @functools.cached_property
     def _home(self) -> dict[Value, Block]:
         """The block that makes a value."""
-        return {v: block for eqn, block in self.plan.blocks.items() for v in eqn.outputs}
+        made = ((v, block) for eqn, block in self.plan.blocks.items() for v in eqn.outputs)
+        return {v: block for v, block in made if v in block.spans}
 
     @functools.cached_property
     def _readers(self) -> dict[Value, list[Equation]]:
@@ -284,12 +368,14 @@ class Recursion:
         asked = self._loop(body).wanted
         steps = plan(program, moving, [program.outputs[i] for i in asked], self._find)
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
-        return _Walk(program, operands, steps, walk.rules, head, True).run()
+        leaves = walk.images.leaves_within(self._eqn, body)
+        last = walk.images.last_within(self._eqn, body, steps)
+        return _Walk(program, operands, steps, walk.rules, head, True, leaves, last).run()
 
     def through(self, program: Program, operands: Sequence[Moments]) -> list[Moments]:
         """Push moments through any program, all of whose outputs' spreads are asked for."""
         steps = plan(program, _moving(program, operands), program.outputs, self._find)
-        return _Walk(program, operands, steps, self._walk.rules, None, True).run()
+        return _Walk(program, operands, steps, self._walk.rules, None, True, (), ()).run()
 
     @property
     def policy(self) -> "KeepsCostly":

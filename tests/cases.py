@@ -23,10 +23,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.sparse.bcsr import bcsr_extract
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
+from jax.ops import segment_max, segment_min, segment_sum
 from jax.scipy import special
 
 LABELS = np.array([0, 3, 2, 5])
 NUMBERS = np.array([0.3, -0.2, 0.7, 0.1])
+SEGMENTS = np.array([2, 0, 2, 1])
+PERMUTED = np.array([[2, 0, 2, 1], [1, 1, 0, 2], [0, 0, 0, 0]])
+COLUMNS = np.array([1, 0, 1, 1, 0, 1])
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -230,8 +234,8 @@ SELECTION: dict[str, Case] = {
     "scatter-min": (lambda x, u: x.at[np.array([2, 2])].min(u), x, normal(2, 6, seed=1)),
     "scatter-sub": (lambda x, u: x.at[np.array([2, 2])].subtract(u), x, normal(2, 6)),
     "scatter-sub from data": (lambda u: w.at[np.array([2, 2])].subtract(u), normal(2, 6)),
-    "segment_max": (lambda x: jax.ops.segment_max(x, np.array([0, 2, 2, 0]), 4)[::2], x),
-    "segment_sum": (lambda x: jax.ops.segment_sum(x, np.array([0, 2, 2, 0]), 4), x),
+    "segment_max": (lambda x: segment_max(x, np.array([0, 2, 2, 0]), 4)[::2], x),
+    "segment_sum": (lambda x: segment_sum(x, np.array([0, 2, 2, 0]), 4), x),
     "select_and_gather_add": (lambda t: jax.jvp(pooled, (image[..., 0],), (t,))[1], normal(2, 3, 2)),
     "select_and_scatter_add": (lambda g: jax.vjp(pooled, image[..., 0])[1](g)[0], normal(2, 2, 1)),
     "slice": (lambda x: x[1:4:2, 2:], x),
@@ -363,6 +367,56 @@ BLOCKS: dict[str, Case] = {
     "between minimum and maximum": (lambda x: (x - low(x)) / (x.max(1, keepdims=True) - low(x)), x),
     "sum of a column repeated": (lambda x, b: jnp.tanh((x + b).sum(1, keepdims=True)) * x, normal(2, 3), normal(2, 1)),
     "sum of everything beside one entry": (lambda p, q: (jnp.sin(p) + q.sum()) * p * q, normal(1, 1), normal(3, 2)),
+    # By segments
+    "segment softmax": (lambda x: by_segments(x), x),
+    "segment softmax, ids computed": (lambda x: by_segments(x, unknown(SEGMENTS)), x),
+    "segment softmax, some empty": (lambda x: by_segments(x, SEGMENTS, 9), x),
+    "segment softmax, as many segments as ids": (lambda x: by_segments(x, SEGMENTS, 4), x),
+    "segment softmax, of one segment": (lambda x: by_segments(x, 0 * SEGMENTS, 1), x),
+    "segment softmax, of small ids": (lambda x: by_segments(x, unknown(SEGMENTS.astype(np.int8))), x),
+    "segment softmax, of unsigned ids": (lambda x: by_segments(x, unknown(SEGMENTS.astype(np.uint32))), x),
+    "segment softmax, of each column": (lambda x: jax.vmap(by_segments, 1, 1)(x), x),
+    "segment softmax, of each row by its own": (lambda x: jax.vmap(by_segments)(x[:3, :4], PERMUTED), x),
+    "segment softmax, averaged": (lambda x: segment_sum(by_segments(x) * w, SEGMENTS, 3), x),
+    "segment softmax, averaged, then divided": (lambda x: ratio(x, w, unknown(SEGMENTS)), x),
+    "segment softmax, with temperatures": (lambda x, t: by_segments(x / t[SEGMENTS]), x, positive(3, 6)),
+    "segment softmax, with a temperature": (lambda x, t: by_segments(x / t, SEGMENTS, 9), x, positive()),
+    "segment softmax, with a bias for each segment": (
+        lambda x, b: jnp.exp(x) / (segment_sum(jnp.exp(x), SEGMENTS, 4) * b + b)[SEGMENTS], x, positive(4, 6),
+    ),
+    "segment softmax, with a function of a bias for each segment": (
+        lambda x, b: jnp.exp(x) / (segment_sum(jnp.exp(x), SEGMENTS, 4) * nn.softplus(b) + b * b)[SEGMENTS],
+        x, normal(4, 6),
+    ),
+    "segment log-softmax, some empty": (
+        lambda x: x - jnp.log(segment_sum(jnp.exp(x), SEGMENTS, 5))[SEGMENTS], x,
+    ),
+    "segment log-softmax, some empty, with a temperature": (
+        lambda x, t: x * t - jnp.log(segment_sum(jnp.exp(x * t), SEGMENTS, 5))[SEGMENTS], x, positive(),
+    ),
+    "segment norm": (lambda x: normalised_by_segments(x, SEGMENTS, 3), x),
+    "segment norm, with scales": (lambda x, p: p * normalised_by_segments(x, SEGMENTS, 5), x, normal(1, 6)),
+    "segment sum, of negative ids that are dropped": (
+        lambda x: jnp.exp(x) / (1 + sums_at(jnp.exp(x), unknown(SEGMENTS - 1), None)), x,
+    ),
+    "segment norm, of negative ids": (lambda x: normalised_by_segments(x, unknown(SEGMENTS - 3), 3), x),
+    "segment maximum": (lambda x: jnp.exp(x - segment_max(x, SEGMENTS, 3)[SEGMENTS] ** 2), x),
+    "segment minimum, of ties": (lambda x: x * segment_min(x, SEGMENTS, 3)[SEGMENTS], TIES),
+    "segment sum, subtracted": (
+        lambda x: x * jnp.full((3, 6), 2.0).at[SEGMENTS].subtract(jnp.sin(x))[SEGMENTS], x,
+    ),
+    **{
+        f"segment sum, out of bounds, {mode}": (
+            lambda x, mode=mode: jnp.exp(x) / (3 + sums_at(jnp.exp(x), unknown(OUTSIDE), mode)), normal(3, 6),
+        )
+        for mode in ("fill", "clip")
+    },
+    "segment sum of the second axis": (
+        lambda x: jnp.exp(x) * jnp.zeros((4, 3)).at[:, COLUMNS].add(jnp.sin(x))[:, COLUMNS], x,
+    ),
+    "segment sum, reshaped": (
+        lambda x: jnp.exp(x)[..., None] * segment_sum(jnp.sin(x), SEGMENTS, 3).reshape(3, 6, 1)[SEGMENTS], x,
+    ),
     # Row by row
     "cosine": (optax.losses.cosine_similarity, x, w),
     "cosine by sums": (lambda x, w: (x * w).sum(1) / jnp.sqrt((x * x).sum(1) * (w * w).sum(1)), x, w),
@@ -827,6 +881,41 @@ def normalised(x: jax.Array, axes: Any) -> jax.Array:
     """Zero mean and unit variance along axes."""
     centred = x - x.mean(axes, keepdims=True)
     return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+
+
+def by_segments(x: jax.Array, ids: Any = SEGMENTS, count: int = 3) -> jax.Array:
+    """The softmax over the rows of each segment."""
+    e = jnp.exp(x - segment_max(x, ids, count)[ids])
+    return e / segment_sum(e, ids, count)[ids]
+
+
+def normalised_by_segments(x: jax.Array, ids: Any, count: int) -> jax.Array:
+    """Zero mean and unit variance over the rows of each segment."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        return added(x) / jnp.maximum(added(jnp.ones_like(x)), 1)
+
+    def added(x: jax.Array) -> jax.Array:
+        return jnp.zeros((count, *x.shape[1:])).at[ids].add(x)
+
+    centred = x - mean(x)[ids]
+    return centred * lax.rsqrt(mean(centred**2) + 1e-5)[ids]
+
+
+def ratio(x: jax.Array, w: jax.Array, ids: Any) -> jax.Array:
+    """The average of ``w`` over the rows of each segment, weighted by the softmax of ``x``."""
+    e = jnp.exp(x)
+    return segment_sum(e * w, ids, 3) / segment_sum(e, ids, 3)
+
+
+def sums_at(x: jax.Array, ids: Any, mode: str | None) -> jax.Array:
+    """For each row, the sum of those of its segment."""
+    return segment_sum(x, ids, 4).at[ids].get(mode=mode, fill_value=0.0)
+
+
+def unknown(ids: Any) -> jax.Array:
+    """Ids that are no constant."""
+    return lax.optimization_barrier(jnp.asarray(ids))
 
 
 @jax.numpy_dtype_promotion("standard")  # Flax's own arithmetic needs it

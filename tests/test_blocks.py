@@ -8,7 +8,8 @@ import numpy as np
 import oracle
 import pytest
 from cases import normal
-from jax import nn
+from jax import lax, nn
+from jax.ops import segment_sum
 
 import hesscale_jax as hs
 from hesscale_jax._jaxpr import flatten, trace
@@ -197,3 +198,111 @@ def test_a_leaf_s_diagonal_does_not_depend_on_what_else_is_differentiated():
         alone, (both, _) = (hs.hesscale(loss, argnums)(leaf, other)[1] for argnums in (0, (0, 1)))
         for found in (alone, both):
             np.testing.assert_allclose(found.ravel(), jnp.diag(hessian), rtol=1e-9)
+
+
+IDS, OTHERS = jnp.array([2, 0, 2, 1]), jnp.array([1, 1, 0, 0])
+
+
+def test_what_is_taken_back_by_segments_is_one_block_with_the_sums():
+    def fun(x, ids):
+        e = jnp.exp(x)
+        s = segment_sum(e, ids, 3)
+        return e / s[ids] * jnp.log1p(s)[ids], segment_sum(e * x, ids, 3) / s
+
+    assert len(blocks(lambda x: fun(x, IDS), normal(4))) == 1
+    assert len(blocks(fun, normal(4), IDS)) == 1
+    assert len(blocks(fun, normal(4), IDS.astype(jnp.uint8))) == 1
+
+
+def test_sums_by_segments_that_nothing_takes_back_are_in_none():
+    found = blocks(lambda x, w: jnp.tanh(segment_sum(x[IDS] * w, OTHERS, 2)), normal(3), normal(4))
+    assert found == [["mul"], ["tanh"]]
+
+
+def test_ids_are_the_same_if_they_are_written_so():
+    def count(change, ids=IDS):
+        def fun(x, ids):
+            e = jnp.exp(x)
+            return e / segment_sum(e, ids, 3)[change(ids)]
+
+        return len(blocks(fun, normal(4), ids))
+
+    others = (lambda ids: ids + 0, jnp.flip, lambda ids: jnp.where(ids < 0, ids + 4, ids))
+    assert [count(change) for change in others] == [2] * 3
+    same = (jnp.array, lambda ids: ids.reshape(2, 1, 2).reshape(4), lambda ids: ids.astype(int))
+    assert [count(change, IDS.astype(jnp.int16)) for change in same] == [1] * 3
+    assert count(lambda ids: ids.astype(jnp.int8)) == 2
+
+
+def test_constant_ids_are_the_same_if_their_entries_are():
+    def count(others):
+        return len(blocks(lambda x: jnp.exp(x) / segment_sum(x * x, IDS, 3)[others], normal(4)))
+
+    assert count(np.array(IDS)) == 1
+    assert count(np.array(IDS, np.int16)) == 1
+    assert count(OTHERS) > 1
+
+
+def test_a_negative_id_is_the_same_for_all():
+    def fun(x, ids, from_end):
+        s = segment_sum(jnp.exp(x), ids, 3)
+        nearest = jnp.take(s, ids, mode="clip")
+        return x * nearest * s[ids] if from_end else x * nearest
+
+    assert len(blocks(lambda x, ids: fun(x, ids, False), normal(4), IDS)) == 1
+    assert len(blocks(lambda x, ids: fun(x, ids, True), normal(4), IDS)) > 1
+
+
+def test_sums_by_other_segments_start_a_block():
+    def fun(x):
+        y = x - segment_sum(x, IDS, 3)[IDS]
+        return y - segment_sum(y, OTHERS, 3)[OTHERS]
+
+    assert [names.count("scatter-add") for names in blocks(fun, normal(4))] == [1, 1]
+
+
+def test_sums_over_segments_or_all_entries_start_a_block():
+    def fun(x):
+        e = jnp.exp(x)
+        s = segment_sum(e, IDS, 3)
+        return (e / s[IDS]).sum() + s.sum()
+
+    first, *others = blocks(fun, normal(4))
+    assert "scatter-add" in first
+    assert "reduce_sum" not in first
+    assert others == [["reduce_sum"], ["reduce_sum"], ["add"]]
+
+
+def test_segments_are_not_the_entries_that_are_as_many():
+    def fun(x):
+        s = segment_sum(jnp.exp(x), IDS, 4)
+        return s[IDS] * jnp.exp(x) + s * jnp.exp(x)
+
+    assert len(blocks(fun, normal(4))) == 2
+
+
+def test_what_is_taken_waits_for_the_block_that_adds_it_up():
+    def fun(z, a, b):
+        e = jnp.exp((z @ a)[OTHERS] + (z @ b)[IDS])
+        return e / segment_sum(e, IDS, 3)[IDS]
+
+    (names,) = blocks(fun, normal(3, 2), normal(2), normal(2))
+    assert names.count("gather") == 2
+
+
+def test_a_loop_has_no_sums_by_segments_beside_it():
+    def fun(x, xs):
+        e = jnp.exp(x)
+        s = segment_sum(lax.scan(lambda c, x: (jnp.sin(c) * x, None), e, xs)[0], IDS, 3)
+        return s[IDS] * e
+
+    found = blocks(fun, normal(4), normal(30, 4))
+    assert [names for names in found if {"scan", "scatter-add"} <= set(names)] == []
+
+
+def test_a_block_does_not_lead_through_a_loop_with_sums_by_segments():
+    def step(c, x):
+        e = jnp.exp(c * x)
+        return e / segment_sum(e, IDS, 3)[IDS], None
+
+    assert blocks(lambda x, xs: lax.scan(step, x, xs)[0], normal(4), normal(30, 4)) == []

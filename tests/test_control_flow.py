@@ -11,6 +11,7 @@ from cases import assert_close, normal, normalised
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
+from jax.ops import segment_sum
 
 import hesscale_jax as hs
 from hesscale_jax import testing
@@ -166,6 +167,33 @@ def test_a_block_crosses_the_border_of_a_checkpoint(curvature):
             received, hs.hesscale(crossing(lambda f: f), (0, 1), curvature=curvature)(*args)
         )
         assert_close(received[0], jax.grad(crossing(wrap), (0, 1))(*args))
+
+
+def by_segments(inside, known):
+    """``inside`` is called in the middle of a softmax over segments, whose ids it may compute."""
+
+    def loss(p, q):
+        h = jnp.tanh(INPUTS @ p)
+        ids = jnp.argsort(INPUTS[:, 0]) % 3
+
+        def of(h, given):
+            ids = given if known else jnp.argsort(INPUTS[:, 0]) % 3
+            return jnp.exp(h), segment_sum(jnp.exp(h), ids, 4)
+
+        e, s = inside(of)(h, ids)
+        logs = inside(lambda s: jnp.log(1 + s) * q[0, 0])(s)
+        y = inside(lambda e, s, logs: e / s[ids] * logs[ids])(e, s, logs)
+        return (y**2).mean() + inside(lambda s: s / (1 + s))(s).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_sums_by_segments_cross_the_border_of_a_checkpoint(known):
+    args = normal(WIDTH, WIDTH, seed=4), normal(WIDTH, CLASSES, seed=5)
+    received = hs.hesscale(by_segments(remat, known), (0, 1))(*args)
+    assert_close(received, hs.hesscale(by_segments(lambda f: f, known), (0, 1))(*args))
+    assert_close(received[0], jax.grad(by_segments(remat, known), (0, 1))(*args))
 
 
 def test_a_checkpoint_saves_nothing_inside():

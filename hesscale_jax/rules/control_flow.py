@@ -1,7 +1,8 @@
 """Loops, branches and mapped programs: the equations that run other programs.
 
 The moments go into the program that the equation holds and come out of it. Each step of a loop
-takes the entries of what it is handed as independent: off-diagonal terms between steps are dropped.
+takes the entries of what it is handed as independent: off-diagonal terms between steps are dropped,
+unless a block leads through the loop (:mod:`hesscale_jax.loops`).
 """
 
 from collections.abc import Callable, Sequence
@@ -47,16 +48,22 @@ def _scan(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
 
     def step(carry: list[Moments], xs: list[Moments]) -> tuple[list[Moments], list[Moments]]:
         results = recurse(body, [*consts, *carry, *xs])
-        return _filled(results[: len(carry)], moving), results[len(carry) :]
+        return filled(results[: len(carry)], moving), results[len(carry) :]
 
+    carry, ys = run_steps(eqn, step, filled(carry, moving), list(map(_each, xs)), recurse.policy)
+    return [*carry, *ys]
+
+
+def run_steps(eqn: Equation, step: Any, carry: Any, xs: list[Moments], policy: Any) -> Any:
+    """``lax.scan`` as a loop of the user's does it."""
+    (body,) = eqn.bodies
     # Of what has an effect nothing is computed again, nor where the user says what is.
     regions = any(inner.region for inner in body.program.equations)
     if not (regions or _jaxpr.has_effects(body.program)):
-        step = jax.checkpoint(step, prevent_cse=False, policy=recurse.policy)
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     how = {name: eqn.params[name] for name in ("reverse", "unroll")}
     length = None if xs else eqn.params["length"]  # The former may be symbolic.
-    carry, ys = lax.scan(step, _filled(carry, moving), list(map(_each, xs)), length, **how)
-    return [*carry, *ys]
+    return lax.scan(step, carry, xs, length, **how)
 
 
 def _cond(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -69,7 +76,7 @@ def _cond(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
 
     def run(body: Body, given: list[Any]) -> Callable[[list[Moments]], list[Moments]]:
         def branch(operands: list[Moments]) -> list[Moments]:
-            return _filled(recurse(body, [*operands, *map(Moments, given)]), recurse.wanted)
+            return filled(recurse(body, [*operands, *map(Moments, given)]), recurse.wanted)
 
         return branch
 
@@ -133,7 +140,7 @@ def _each(x: Moments) -> Moments:
     return x._replace(spread=x.spread.each(x.spread.axes[0])) if structured else x
 
 
-def _filled(values: Sequence[Moments], moving: Sequence[bool]) -> list[Moments]:
+def filled(values: Sequence[Moments], moving: Sequence[bool]) -> list[Moments]:
     """Values with a shift and a spread where they move, and without where they do not."""
     return [
         _fill(x) if moves else Moments(x.primal) for x, moves in zip(values, moving, strict=True)

@@ -40,12 +40,14 @@ class Pointwise:
         slopes. The former keeps JAX's conventions at kinks where there is no closed form.
       cuts: Whether a slope of 0 stands for a choice, as that of a relu does: it discards whatever
         it is multiplied by, infinities among it.
+      slopes: The slopes in all operands, if they are the same for every entry.
     """
 
     derivatives: Callable[[Equation, Any, Sequence[Any], Sequence[int]], tuple[Slopes, Curvatures]]
     affine: Callable[[Sequence[int]], bool] = lambda positions: False
     own_jvp: bool = False
     cuts: bool = False
+    slopes: tuple[float, ...] | None = None
 
 
 def widened(x: Any) -> Any:
@@ -90,7 +92,7 @@ def linear(*slopes: float) -> Pointwise:
     def closed(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
         return {i: slopes[i] for i in positions}, {}
 
-    return Pointwise(closed, affine=lambda positions: True)
+    return Pointwise(closed, affine=lambda positions: True, slopes=slopes)
 
 
 def _select(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:

@@ -6,7 +6,7 @@ dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.factored import Factored
+from hesscale_jax.forms import Form, Reader, covariance, of_atom, placed, variance
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.selection import in_wide_dtype, push
 
-__all__ = ["multilinear", "product"]
+__all__ = ["met", "multilinear", "product", "product_frame"]
 
 
 def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -28,7 +29,7 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     The domain is every bilinear primitive that leaves each product of two entries in one output
     with a coefficient of 0 or 1: ``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``,
     or one of your own that takes operands of any floating-point dtype.
-    The factors count as independent, even if both are one value; a product ``x^T x`` is exact.
+    The factors count as independent; of those that are not, :func:`met` gives the moments.
     """
     x, w, *sizes = operands
     rest = [size.primal for size in sizes]  # of the groups of a ragged product
@@ -64,7 +65,7 @@ def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
         total(product(x.shift, w.primal), product(x.primal, w.shift)),
         total(spread(0), spread(1)),
     )
-    return [_with_squares(eqn, x, y, recurse.curved) if _is_gram(eqn) else y]
+    return [y]
 
 
 def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
@@ -112,36 +113,63 @@ def _with_axes(factor: Any, first: list[int]) -> Any:
     return lax.reshape(factor, [math.prod(factor.shape[lo:hi]) for lo, hi in bounds])
 
 
-def _is_gram(eqn: Equation) -> bool:
-    """Whether it multiplies a value with itself along the same axes: ``y_jk = sum_i x_ij x_ik``."""
-    if eqn.name != "dot_general" or eqn.inputs[0] is not eqn.inputs[1]:
-        return False
-    return all(of_x == of_w for of_x, of_w in eqn.params["dimension_numbers"])
+def met(
+    eqn: Equation,
+    y: Moments,
+    forms: tuple[Form, Form],
+    vary: Callable[[Any], Any],
+    read: Callable[[Any], Any],
+    curved: bool,
+) -> Moments:
+    """The moments of a product of two images of one value, as ``x^T x`` and ``x^T A x``.
 
-
-def _with_squares(eqn: Equation, x: Moments, y: Moments, curved: bool) -> Moments:
-    """What the squares ``y_jj = sum_i x_ij^2`` add to the moments of products of two entries.
-
-    ``dy_jj += 2 sum_i vx_ij``, and ``vy_jj += 2 sum_i x_ij^2 vx_ij`` makes it ``4 x^2 vx``.
+    Before it is summed, ``y_t = sum_c a_tc b_tc`` has ``dy_t += 2 sum_c cov(a_tc, b_tc)``, and the
+    form ``sum_c (b_tc da_tc + a_tc db_tc)``.
     """
-    if x.spread is None:
-        return y
-    (summed, _), (batch, _) = eqn.params["dimension_numbers"]
-    free = [i for i in range(x.primal.ndim) if i not in (*summed, *batch)]
+    frame, places, summed = product_frame(eqn)
+    factors = [placed(of_atom(v), len(frame), at) for v, at in zip(eqn.inputs, places, strict=True)]
+    form = Form(tuple(frame), {})
+    for k, of_factor in enumerate(forms):
+        form = form.plus(of_factor.times(factors[1 - k]))
+    shape = eqn.outputs[0].shape
+    array = Reader(read, spread_dtype(y.primal.dtype))
+    spread = variance(form.summed(summed).reshaped(shape), vary, array)
+    shift = y.shift
+    if curved:
+        a, b = forms
+        bends = (
+            covariance(a.of[x], b.of[x], vary(x), frame, array, summed) for x in a.of if x in b.of
+        )
+        bend = total(*bends)
+        if bend is not None:
+            kept = [1 if i in summed else n for i, n in enumerate(frame)]
+            bend = jnp.broadcast_to(2 * bend, kept).reshape(shape)
+            shift = total(shift, lax.convert_element_type(bend, y.primal.dtype))
+    return Moments(y.primal, shift, spread)
 
-    def on_diagonal(terms: Any, dtype: Any) -> Any:
-        rows = jnp.transpose(terms, (*batch, *free, *summed))
-        rows = jnp.sum(rows, range(len(batch) + len(free), rows.ndim))
-        shape = rows.shape[: len(batch)], rows.shape[len(batch) :]
-        count = math.prod(shape[1])
-        diagonal = jnp.eye(count, dtype=bool).reshape(*(1 for _ in shape[0]), count, count)
-        square = jnp.where(diagonal, rows.reshape(*shape[0], count, 1), 0)
-        return lax.convert_element_type(square.reshape(*shape[0], *shape[1], *shape[1]), dtype)
 
-    bend = on_diagonal(2 * x.spread, y.primal.dtype) if curved else None
-    squares = jnp.square(lax.convert_element_type(x.primal, x.spread.dtype))
-    spread = on_diagonal(2 * squares * x.spread, spread_dtype(y.primal.dtype))
-    return Moments(y.primal, total(y.shift, bend), total(y.spread, spread))
+def product_frame(eqn: Equation) -> tuple[list[int], list[list[int]], list[int]]:
+    """The axes of a ``dot_general`` before it sums: its result's, then those that it sums over.
+
+    Returns:
+      Their sizes, where those of each factor are among them, and which it sums over.
+    """
+    contract, batch = eqn.params["dimension_numbers"]
+    shapes = [v.shape for v in eqn.inputs]
+    free = [
+        [i for i in range(len(s)) if i not in (*contract[k], *batch[k])]
+        for k, s in enumerate(shapes)
+    ]
+    order = [[*batch[k], *free[k], *contract[k]] for k in range(2)]
+    first = len(batch[0]) + len(free[0]) + len(free[1])
+    summed = list(range(first, first + len(contract[0])))
+    frame = [shapes[0][i] for i in (*batch[0], *free[0])]
+    frame += [shapes[1][i] for i in free[1]]
+    frame += [shapes[0][i] for i in contract[0]]
+    of_batch = range(len(batch[0]))
+    of_free = range(len(batch[0]), first - len(free[1])), range(first - len(free[1]), first)
+    places = [dict(zip(order[k], (*of_batch, *of_free[k], *summed), strict=True)) for k in range(2)]
+    return frame, [[at[i] for i in range(len(at))] for at in places], summed
 
 
 def product(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:

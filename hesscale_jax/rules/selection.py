@@ -24,12 +24,15 @@ __all__ = [
     "Join",
     "PiecewiseConstant",
     "Reduction",
+    "Scatter",
     "Selection",
+    "Take",
     "View",
     "concatenate",
     "constant",
     "gather",
     "join",
+    "scatter_add",
     "selection",
     "view",
 ]
@@ -60,8 +63,27 @@ class Selection:
         return push(eqn, primals, spreads)
 
 
-class ScatterSub(Selection):
+class Take(Selection):
+    """``y_k = x_id(k)``: with a sum by the same ids, it may stand in a block."""
+
+
+class Scatter(Selection):
+    """``dy = J dx, vy = J vx``; with what takes it back by the same ids, a reduction in a block.
+
+    There ``y_j = x_j + sum_{id(k) = j} c_k u_k``.
+    """
+
+    def weights(self, eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
+        """``c``, in the updates' shape, or a number: of those that are not dropped."""
+        return 1.0
+
+
+class ScatterSub(Scatter):
     """``dy = dx - J du, vy = vx + J vu``: the updates' entries of the Jacobian are 0 and -1."""
+
+    def weights(self, eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
+        """``c = -1``."""
+        return -1.0
 
     def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
         """``vy = vx + J vu``."""
@@ -72,20 +94,31 @@ class ScatterSub(Selection):
         return [_scatter_add(eqn, lax.full_like(x, 0) if vx is None else vx, indices, vu)]
 
 
-class ScatterExtremum(Selection):
+class ScatterExtremum(Scatter):
     """``vy = J vx / n`` where ``n`` entries tie: they share the derivative, as in JAX."""
+
+    def weights(self, eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
+        """``c = 1 / n`` for those that tie, else 0."""
+        n, ties, taken = self._ties(eqn, primals, y)
+        return ties * taken(1 / jnp.maximum(n, 1))
 
     def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
         """``vy = J vx / n``."""
+        n, _, _ = self._ties(eqn, primals, _jaxpr.bind(eqn, *primals))
+        return [v if v is None else v / jnp.maximum(n, 1) for v in push(eqn, primals, spreads)]
+
+    def _ties(self, eqn: Equation, primals: Sequence[Any], y: Any) -> tuple[Any, Any, Any]:
+        """How many tie for each entry of the result, which updates do, and what each would be."""
         x, indices, u = primals
-        y = _jaxpr.bind(eqn, *primals)
 
         def added(u: Any) -> Any:
             return _scatter_add(eqn, lax.full_like(x, 0), indices, u)
 
-        (taken,) = jax.linear_transpose(added, u)(y)
-        n = (x == y).astype(x.dtype) + added((u == taken).astype(x.dtype))
-        return [v if v is None else v / jnp.maximum(n, 1) for v in push(eqn, primals, spreads)]
+        def taken(y: Any) -> Any:
+            return jax.linear_transpose(added, u)(y)[0]
+
+        ties = (u == taken(y)).astype(x.dtype)
+        return (x == y).astype(x.dtype) + added(ties), ties, taken
 
 
 class CumulativeExtremum(Selection):
@@ -269,7 +302,7 @@ def _gather(eqn: Equation, find: Any) -> Selection:
         or any(sizes[i] != operand[i] for i in whole)
         or any(n != 1 for i, n in enumerate(indices) if i not in paired)
     ):
-        return selection
+        return take
     # Which axis of the operand each axis of the result runs along: they must come in order.
     from_indices, from_operand = iter(range(len(indices) - 1)), iter(whole)
     rank = len(eqn.outputs[0].shape)
@@ -278,10 +311,12 @@ def _gather(eqn: Equation, find: Any) -> Selection:
         for i in range(rank)
     ]
     kept = [axis for axis in sources if axis is not None]
-    return pick if kept == sorted(kept) else selection
+    return pick if kept == sorted(kept) else take
 
 
 selection = Selection()
+take = Take()
+scatter_add = Scatter()
 scatter_sub = ScatterSub()
 scatter_extremum = ScatterExtremum()
 cumulative_extremum = CumulativeExtremum()

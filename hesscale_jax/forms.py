@@ -1,0 +1,682 @@
+"""Linear images of one value, written in indices: how they vary together when they meet again.
+
+A value ``y`` that is affine in a *source* ``x``, an input of the program or the result of something
+curved, is kept as a sum of terms
+
+    dy[t] = sum_s  M[t, s] dx[s]        M[t, s] = c * product_k F_k[t, s] * product_a [s_a = i_a[t]]
+
+An axis ``a`` of the source is *bound* to positions of ``y`` by an index ``i_a``, or it is *summed*
+over. The factors ``F_k`` are constants: arrays off the path, or the other factor of a product, with
+size 1 along each axis on which they do not depend. Two images of one source covary by
+
+    cov(y, z)[t] = sum_s M_y[t, s] M_z[t, s] v[s]
+
+one product more, linear in the spread ``v``. Factors are computed where they are needed alone:
+until then they are shapes, and a function of the program's values.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hesscale_jax._jaxpr import Constant, Value
+
+__all__ = [
+    "Factor",
+    "Form",
+    "Reader",
+    "Term",
+    "TooLarge",
+    "covariance",
+    "identity",
+    "known",
+    "of_atom",
+    "placed",
+    "variance",
+]
+
+# More entries than these are not written out: a static index, and a factor.
+MOST_INDICES, MOST_ENTRIES = 2**22, 2**26
+
+Source = Any  # a value, or the part of one that has no form
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The primals that factors are computed from, in the dtype of spreads.
+
+    Attributes:
+      primal: Gives the primal of a value.
+      dtype: The dtype that numbers are converted to.
+    """
+
+    primal: Callable[[Value], Any]
+    dtype: Any
+    _arrays: dict[int, tuple["Factor", Any]] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, atom: Value | Constant) -> Any:
+        """The primal of a value, or a constant."""
+        x = atom.value if isinstance(atom, Constant) else self.primal(atom)
+        return self.number(x) if _is_number(x) else jnp.asarray(x)
+
+    def number(self, x: Any) -> Any:
+        """An array of numbers, or of truth values as zeros and ones, in the dtype."""
+        return lax.convert_element_type(x, self.dtype)
+
+    def array(self, factor: "Factor") -> Any:
+        """A factor, computed once."""
+        if id(factor) not in self._arrays:
+            self._arrays[id(factor)] = factor, factor.compute(self)
+        return self._arrays[id(factor)][1]
+
+
+class TooLarge(Exception):
+    """A factor, or an index, with too many entries."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """An array to be computed when it is needed.
+
+    Attributes:
+      shape: Its shape.
+      reads: The program's values that it is computed from.
+      compute: The array, from a function that gives the primals of those values.
+      static: The array, if it is known.
+    """
+
+    shape: tuple[int, ...]
+    reads: frozenset[Value]
+    compute: Callable[[Reader], Any]
+    static: np.ndarray | None = None
+
+    def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
+        """``function`` of it, which works on arrays of NumPy and of JAX."""
+        if self.static is not None:
+            return known(function(self.static))
+        return Factor(tuple(shape), self.reads, lambda read: function(read.array(self)))
+
+    def reshaped(self, shape: Sequence[int]) -> "Factor":
+        """In another shape, row by row."""
+        if self.shape == tuple(shape):
+            return self
+        return self.mapped(lambda x: x.reshape(shape), shape)
+
+    def transposed(self, axes: Sequence[int]) -> "Factor":
+        """With its axes in another order."""
+        if list(axes) == list(range(len(axes))):
+            return self
+        return self.mapped(lambda x: x.transpose(axes), [self.shape[i] for i in axes])
+
+    def widened(self, count: int) -> "Factor":
+        """With ``count`` more axes of size 1 at the end."""
+        return self.reshaped((*self.shape, *(1,) * count))
+
+    def same(self, other: "Factor") -> bool:
+        """Whether both are known to be one array."""
+        if self is other:
+            return True
+        if self.static is None or other.static is None or self.shape != other.shape:
+            return False
+        return bool(np.array_equal(self.static, other.static))
+
+
+def known(x: Any) -> Factor:
+    """A factor that is known."""
+    x = np.asarray(x)
+    if x.size > MOST_INDICES:
+        raise TooLarge
+    return Factor(x.shape, frozenset(), lambda read: x, x)
+
+
+def of_atom(atom: Value | Constant) -> Factor:
+    """The primal of a value or a constant."""
+    shape = tuple(atom.shape)
+    if not isinstance(atom, Constant):
+        return Factor(shape, frozenset([atom]), lambda read: read(atom))
+    x = atom.value
+    if not isinstance(x, jax.core.Tracer) and (np.ndim(x) == 0 or not _is_number(x)):
+        return known(x)
+    return Factor(shape, frozenset(), lambda read: read(atom))
+
+
+def _is_number(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Factor) -> Factor:
+    """``function`` of several factors."""
+    reads = frozenset[Value]().union(*(f.reads for f in factors))
+    return Factor(tuple(shape), reads, lambda read: function(*map(read.array, factors)))
+
+
+def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
+    """``of_a * a + of_b * b``, of the same shape."""
+    reads = a.reads | b.reads
+
+    def add(read: Reader) -> Any:
+        x, y = (read.number(read.array(f)) for f in (a, b))
+        return _scaled(of_a, x) + _scaled(of_b, y)
+
+    return Factor(a.shape, reads, add)
+
+
+def _scaled(c: float, x: Any) -> Any:
+    return x if c == 1.0 else c * x
+
+
+# One term
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """One term of a form, of a value of some rank.
+
+    Attributes:
+      scale: A constant.
+      factors: Arrays with an axis for each of the value's and each that is summed over, of size 1
+        where they do not depend on it.
+      at: For each axis of the source, an index with an axis for each of the value's, or the number
+        of the axis that is summed over.
+      summed: How many axes are summed over.
+      once: Whether each entry of the source reaches each entry of the value in one way: then the
+        squares of all that it is multiplied by give the spread.
+      finite: Whether its factors are the program's values, and no slopes, which may be infinite.
+    """
+
+    scale: float
+    factors: tuple[Factor, ...]
+    at: tuple["Factor | int", ...]
+    summed: int = 0
+    once: bool = True
+    finite: bool = True
+
+    def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
+        """With a change of the value's axes, which come first, applied to every array."""
+        factors = tuple(map(change, self.factors))
+        at = tuple(a if isinstance(a, int) else change(a) for a in self.at)
+        return dataclasses.replace(self, factors=factors, at=at, **also)
+
+    def scaled(self, by: Factor) -> "Term":
+        """Times a factor that has the value's axes."""
+        return dataclasses.replace(self, factors=(*self.factors, by.widened(self.summed)))
+
+    def bound_along(self, dim: int) -> list[int]:
+        """The axes of the source that are bound to positions along one of the value's."""
+        return [i for i, a in enumerate(self.at) if not isinstance(a, int) and a.shape[dim] != 1]
+
+    def separates(self, dim: int) -> bool:
+        """Whether other positions along an axis of the value are other entries of the source."""
+        return any(_distinct(self.at[a]) for a in self.bound_along(dim))
+
+    def summed_over(self, dim: int, size: int, source: Sequence[int]) -> "Term":
+        """The sum over an axis of the value, which stays with size 1."""
+        if size == 1:
+            return self
+        bound = self.bound_along(dim)
+        once = self.once and any(_distinct(self.at[a]) for a in bound)
+        whole = next((a for a in bound if _runs_along(self.at[a], dim, source[a])), None)
+        term = dataclasses.replace(self, once=once)
+        for axis in bound:
+            if axis != whole:
+                term = term._written_out(axis, source[axis])
+        if whole is not None:
+            return term._renamed(dim, whole)
+        there = [f for f in term.factors if f.shape[dim] != 1]
+        if not there:
+            return dataclasses.replace(term, scale=term.scale * size)
+        rest = tuple(f for f in term.factors if f.shape[dim] == 1)
+        return dataclasses.replace(term, factors=(*rest, _contracted(there, dim)))
+
+    def _written_out(self, axis: int, size: int) -> "Term":
+        """With the index of an axis as a factor of zeros and ones, and the axis summed over."""
+        index = self.at[axis]
+        assert isinstance(index, Factor)
+        shape = (*index.shape, *(1,) * self.summed, size)
+        if math.prod(shape) > MOST_ENTRIES:
+            raise TooLarge
+
+        at = (*self.at[:axis], self.summed, *self.at[axis + 1 :])
+        factors = (
+            *(f.widened(1) for f in self.factors),
+            index.mapped(lambda i: _hot(i, size).reshape(shape), shape),
+        )
+        return dataclasses.replace(self, factors=factors, at=at, summed=self.summed + 1)
+
+    def _renamed(self, dim: int, axis: int) -> "Term":
+        """With an axis of the value that one of the source runs along summed over."""
+
+        def to_the_end(f: Factor) -> Factor:
+            rank = len(f.shape)
+            order = [*(i for i in range(rank) if i != dim), dim]
+            shape = (*f.shape[:dim], 1, *f.shape[dim + 1 :], f.shape[dim])
+            return f.transposed(order).reshaped(shape)
+
+        at = (*self.at[:axis], self.summed, *self.at[axis + 1 :])
+        return dataclasses.replace(
+            self, factors=tuple(map(to_the_end, self.factors)), at=at, summed=self.summed + 1
+        )
+
+    def plus(self, other: "Term") -> "Term | None":
+        """The sum of two terms as one, ``None`` if they have to stay two."""
+        if self.summed != other.summed or not all(map(_agree, self.at, other.at)):
+            return None
+        mine = [f for f in self.factors if not any(map(f.same, other.factors))]
+        theirs = [f for f in other.factors if not any(map(f.same, self.factors))]
+        common = tuple(f for f in self.factors if f not in mine)
+        if len(common) + len(theirs) != len(other.factors):
+            return None
+        if not mine and not theirs:
+            both = dataclasses.replace(self, scale=self.scale + other.scale)
+        elif len(mine) == len(theirs) == 1 and mine[0].shape == theirs[0].shape:
+            factor = added(mine[0], theirs[0], self.scale, other.scale)
+            both = dataclasses.replace(self, scale=1.0, factors=(*common, factor))
+        else:
+            return None
+        # What is added up here reaches the value in one way from now on.
+        return dataclasses.replace(both, once=False, finite=self.finite and other.finite)
+
+
+def _hot(index: Any, size: int) -> Any:
+    """Zeros and ones along a new axis."""
+    return index[..., None] == np.arange(size).reshape((*(1,) * index.ndim, size))
+
+
+def _agree(a: "Factor | int", b: "Factor | int") -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+    return a.same(b)
+
+
+def _distinct(index: "Factor | int") -> bool:
+    if isinstance(index, int) or index.static is None:
+        return False
+    return np.unique(index.static).size == index.static.size
+
+
+def _runs_along(index: "Factor | int", dim: int, size: int) -> bool:
+    """Whether an index is 0, 1, 2, ... along one axis, to the end of the source's."""
+    if isinstance(index, int) or index.static is None:
+        return False
+    return index.shape[dim] == size and np.array_equal(index.static.ravel(), np.arange(size))
+
+
+def _contracted(factors: Sequence[Factor], dim: int) -> Factor:
+    """The sum over an axis of a product."""
+    shape = list(np.broadcast_shapes(*(f.shape for f in factors)))
+    shape[dim] = 1
+    if math.prod(shape) > MOST_ENTRIES:
+        raise TooLarge
+
+    def contract(read: Reader) -> Any:
+        operands = [(read.number(read.array(f)), range(len(shape))) for f in factors]
+        kept = [i for i in range(len(shape)) if i != dim]
+        return _product(operands, kept, shape)
+
+    return Factor(tuple(shape), frozenset[Value]().union(*(f.reads for f in factors)), contract)
+
+
+def _product(
+    operands: Sequence[tuple[Any, Sequence[int]]], kept: Sequence[int], shape: Sequence[int]
+) -> Any:
+    """The sum of the product of arrays over all axes but some, in a shape with ones elsewhere.
+
+    An array's axes have labels; along an axis of size 1 it is the same everywhere.
+    """
+    arguments: list[Any] = []
+    present: set[int] = set()
+    for x, labels in operands:
+        there = [i for i, n in zip(labels, x.shape, strict=True) if n != 1]
+        arguments += [x.reshape([n for n in x.shape if n != 1]), there]
+        present.update(there)
+    kept = [i for i in kept if i in present]
+    y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST)
+    return y.reshape(shape)
+
+
+# Forms
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Form:
+    """A value as the sum of linear images of its sources.
+
+    Attributes:
+      shape: The value's shape.
+      of: The terms by source.
+    """
+
+    shape: tuple[int, ...]
+    of: dict[Source, tuple[Term, ...]]
+
+    def map(self, shape: Sequence[int], change: Callable[[Term, Source], Term]) -> "Form":
+        """With every term changed, for a value of this shape."""
+        of = {x: tuple(change(term, x) for term in terms) for x, terms in self.of.items()}
+        return Form(tuple(shape), of)
+
+    def plus(self, other: "Form", times: float = 1.0) -> "Form":
+        """``self + times * other``."""
+        shape = np.broadcast_shapes(self.shape, other.shape)
+        of = dict(self.of)
+        for source, terms in other.of.items():
+            scaled = (dataclasses.replace(t, scale=times * t.scale) for t in terms)
+            of[source] = collected((*of.get(source, ()), *scaled))
+        return Form(shape, of)
+
+    def times(self, by: "Factor | float") -> "Form":
+        """Times a constant, or an array with the value's axes."""
+        if isinstance(by, float):
+            return self.map(
+                self.shape, lambda term, _: dataclasses.replace(term, scale=by * term.scale)
+            )
+        if all(n == 1 for n in by.shape) and by.static is not None:
+            return self.times(float(by.static.ravel()[0]))
+        return self.map(np.broadcast_shapes(self.shape, by.shape), lambda term, _: term.scaled(by))
+
+    def transposed(self, axes: Sequence[int]) -> "Form":
+        """With the value's axes in another order."""
+        rank = len(axes)
+
+        def change(f: Factor) -> Factor:
+            return f.transposed([*axes, *range(rank, len(f.shape))])
+
+        return self.map([self.shape[i] for i in axes], lambda term, _: term.dims(change))
+
+    def placed(self, shape: Sequence[int], at: Sequence[int]) -> "Form":
+        """Broadcast, with the value's axes at these of the result's."""
+        change = functools.partial(placed, rank=len(shape), at=at)
+        return self.map(shape, lambda term, _: term.dims(change))
+
+    def reshaped(self, shape: Sequence[int]) -> "Form":
+        """In another shape, row by row."""
+        if self.shape == tuple(shape):
+            return self
+        rank, groups = len(self.shape), list(_groups(self.shape, shape))
+
+        def change(f: Factor) -> Factor:
+            full, sizes = list(f.shape), []
+            for old, new in groups:
+                if all(f.shape[i] == 1 for i in old):
+                    sizes += [1] * len(new)
+                    continue
+                for i in old:
+                    full[i] = self.shape[i]
+                sizes += [shape[i] for i in new]
+            if math.prod(full) > MOST_ENTRIES:
+                raise TooLarge
+            after = (*sizes, *f.shape[rank:])
+            if full != list(f.shape):
+                f = f.mapped(lambda x: _broadcast(x, full), full)
+            return f.reshaped(after)
+
+        return self.map(shape, lambda term, _: term.dims(change))
+
+    def taken(self, dims: Sequence[int], indices: Sequence[Factor]) -> "Form":
+        """At positions along some axes, 0 where one is negative; the axes of the indices lead."""
+        rank, lead = len(self.shape), indices[0].shape
+        rest = [i for i in range(rank) if i not in dims]
+        outside = [i for i in indices if i.static is None or (i.static < 0).any()]
+
+        def change(f: Factor) -> Factor:
+            more = range(rank, len(f.shape))
+            f = f.transposed([*dims, *rest, *more])
+            after = f.shape[len(dims) :]
+            if all(n == 1 for n in f.shape[: len(dims)]):
+                return f.reshaped((*(1,) * len(lead), *after))
+            sizes = (*lead, *after)
+            if math.prod(sizes) > MOST_ENTRIES:
+                raise TooLarge
+            along = [i for i, n in enumerate(f.shape[: len(dims)]) if n != 1]
+            f = f.reshaped([*(f.shape[i] for i in along), *after])
+            at = [indices[i] for i in along]
+            static = [i.static for i in at if i.static is not None]
+            if f.static is not None and len(static) == len(at):
+                return known(f.static[tuple(i.clip(0) for i in static)])
+
+            def take(x: Any, *at: Any) -> Any:
+                return jnp.asarray(x)[tuple(i.clip(0) for i in at)]
+
+            return combined(take, sizes, f, *at)
+
+        shape = (*lead, *(self.shape[i] for i in rest))
+        form = self.map(shape, lambda term, _: term.dims(change))
+        for index in outside:
+            there = index.mapped(lambda i: i >= 0, index.shape)
+            form = form.times(there.widened(len(rest)))
+        return form
+
+    def summed(self, dims: Iterable[int]) -> "Form":
+        """The sum over axes, which stay with size 1."""
+        form = self
+        for dim in dims:
+            size = form.shape[dim]
+            shape = (*form.shape[:dim], 1, *form.shape[dim + 1 :])
+            add_up = functools.partial(_summed_over, dim=dim, size=size)
+            form = form.map(shape, add_up)
+        return form
+
+    @property
+    def reads(self) -> frozenset[Value]:
+        """The values from which its factors and indices are computed."""
+        arrays = [
+            f
+            for terms in self.of.values()
+            for term in terms
+            for f in (*term.factors, *term.at)
+            if isinstance(f, Factor)
+        ]
+        return frozenset[Value]().union(*(f.reads for f in arrays))
+
+
+def placed(f: Factor, rank: int, at: Sequence[int]) -> Factor:
+    """With the first axes at these of a value's, and ones at the others."""
+    order = sorted(range(len(at)), key=at.__getitem__)
+    after = range(len(at), len(f.shape))
+    f = f.transposed([*order, *after])
+    sizes = [1] * rank
+    for i, n in zip(sorted(at), f.shape, strict=False):
+        sizes[i] = n
+    return f.reshaped([*sizes, *f.shape[len(at) :]])
+
+
+def _summed_over(term: Term, source: Source, dim: int, size: int) -> Term:
+    return term.summed_over(dim, size, source.shape)
+
+
+def identity(value: "Source") -> Form:
+    """A value as a source."""
+    shape, rank = tuple(value.shape), len(value.shape)
+
+    def along(i: int) -> Factor:
+        n = shape[i]
+        return known(np.arange(n).reshape([n if j == i else 1 for j in range(rank)]))
+
+    return Form(shape, {value: (Term(1.0, (), tuple(map(along, range(rank)))),)})
+
+
+def collected(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """The terms with those as one that can be; a term of 0 is left out."""
+    left: list[Term] = []
+    for term in terms:
+        for i, other in enumerate(left):
+            both = other.plus(term)
+            if both is not None:
+                left[i] = both
+                break
+        else:
+            left.append(term)
+    return tuple(t for t in left if t.scale != 0.0)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> Iterable[tuple[list[int], list[int]]]:
+    """The axes of two shapes of one size, in runs that hold the same entries."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        olds: list[int] = []
+        news: list[int] = []
+        a = b = 1
+        while not (olds or news) or a != b:
+            if i < len(old) and (a <= b or j == len(new)):
+                a *= old[i]
+                olds.append(i)
+                i += 1
+            else:
+                b *= new[j]
+                news.append(j)
+                j += 1
+        yield olds, news
+
+
+def _broadcast(x: Any, shape: Sequence[int]) -> Any:
+    return np.broadcast_to(x, shape) if isinstance(x, np.ndarray) else jnp.broadcast_to(x, shape)
+
+
+# Covariances
+
+
+def covariance(
+    left: Sequence[Term],
+    right: Sequence[Term],
+    spread: Any,
+    shape: Sequence[int],
+    read: Reader,
+    over: Sequence[int] = (),
+) -> Any:
+    """``sum_s M_y[t, s] M_z[t, s] v[s]`` for two images of one source.
+
+    Args:
+      left: The terms of one.
+      right: The terms of the other, the same for a variance.
+      spread: The source's spread ``v``.
+      shape: The shape of both, with ones where they are the same everywhere.
+      read: The primals that factors are computed from.
+      over: Axes of both to sum over, which stay with size 1.
+
+    Returns:
+      An array that broadcasts to the shape, ``None`` if there is nothing that both share.
+    """
+    if left is right:
+        distinct = itertools.combinations_with_replacement(left, 2)
+        pairs = [(a, b, 1.0 if a is b else 2.0) for a, b in distinct]
+    else:
+        pairs = [(a, b, 1.0) for a, b in itertools.product(left, right)]
+    if spread is None:
+        return None
+    found = [_of_pair(a, b, spread, shape, read, over) for a, b, _ in pairs]
+    terms = [
+        _scaled(times * a.scale * b.scale, y)
+        for (a, b, times), y in zip(pairs, found, strict=True)
+        if y is not None
+    ]
+    return functools.reduce(jnp.add, terms) if terms else None
+
+
+def variance(form: Form, vary: Callable[[Any], Any], read: Reader) -> Any:
+    """The spread of a value of this form, from those of its sources; None if they have none."""
+    total: Any = None
+    for source, terms in form.of.items():
+        y = covariance(terms, terms, vary(source), form.shape, read)
+        total = y if total is None else total if y is None else total + y
+    return None if total is None else jnp.broadcast_to(total, form.shape)
+
+
+def _of_pair(
+    a: Term,
+    b: Term,
+    spread: Any,
+    shape: Sequence[int],
+    read: Reader,
+    over: Sequence[int],
+) -> Any:
+    rank = len(shape)
+    of_source = range(rank, rank + spread.ndim)
+    masks: list[Factor] = []
+    gathered: dict[int, Factor] = {}
+    for axis, (i, j) in enumerate(zip(a.at, b.at, strict=True)):
+        if isinstance(i, int) and isinstance(j, int):
+            continue
+        if isinstance(i, int) or isinstance(j, int):
+            index = j if isinstance(i, int) else i
+            assert isinstance(index, Factor)
+            masks.append(_one_hot(index, axis, spread.ndim, spread.shape[axis]))
+            continue
+        gathered[axis] = i
+        if not i.same(j):
+            equal = _equal(i, j)
+            if equal is None:
+                return None
+            masks.append(equal.widened(spread.ndim))
+    arrays: dict[tuple[int, ...], list[Any]] = {}
+    for term in (a, b):
+        labels = [*range(rank), *(0,) * term.summed]
+        for axis, k in enumerate(term.at):
+            if isinstance(k, int):
+                labels[rank + k] = of_source[axis]
+        for f in term.factors:
+            same = arrays.setdefault((id(f), *labels), [])
+            same.append(read.number(read.array(f)))
+    operands: list[tuple[Any, Sequence[int]]] = [
+        (functools.reduce(jnp.multiply, same), key[1:]) for key, same in arrays.items()
+    ]
+    for mask in masks:
+        operands.append((read.number(read.array(mask)), range(rank + spread.ndim)))
+    operands.append(_at(spread, gathered, rank, of_source, read))
+    sizes = [1] * rank
+    for x, at in operands:
+        for n, label in zip(x.shape, at, strict=True):
+            if label < rank and label not in over:
+                sizes[label] = max(sizes[label], n)
+    return _product(operands, [i for i in range(rank) if i not in over], sizes)
+
+
+def _one_hot(index: Factor, axis: int, count: int, size: int) -> Factor:
+    """An index as zeros and ones over the value's axes and the source's."""
+    after = [size if i == axis else 1 for i in range(count)]
+    shape = (*index.shape, *after)
+    return index.mapped(lambda i: _hot(i, size).reshape(shape), shape)
+
+
+def _equal(a: Factor, b: Factor) -> Factor | None:
+    """Where two indices are the same; ``None`` if they are known to be so nowhere."""
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    if a.static is not None and b.static is not None:
+        equal = a.static == b.static
+        return known(equal) if equal.any() else None
+    return combined(lambda x, y: jnp.asarray(x) == jnp.asarray(y), shape, a, b)
+
+
+def _at(
+    spread: Any,
+    index: dict[int, Factor],
+    rank: int,
+    of_source: Sequence[int],
+    read: Reader,
+) -> tuple[Any, list[int]]:
+    """The spread at the positions that its bound axes are bound to, with its labels."""
+    labels = list(of_source)
+    taken = {}
+    for axis, i in index.items():
+        along = [d for d in range(rank) if i.shape[d] != 1]
+        free = len(along) == 1 and along[0] not in labels
+        if free and _runs_along(i, along[0], spread.shape[axis]):
+            labels[axis] = along[0]
+        else:
+            taken[axis] = i
+    if not taken:
+        return spread, labels
+    dims = sorted({d for i in taken.values() for d in range(rank) if i.shape[d] != 1})
+    rest = [axis for axis in range(spread.ndim) if axis not in taken]
+    rows = jnp.transpose(spread, [*taken, *rest])
+    indices = [
+        jnp.asarray(read.array(i)).reshape([i.shape[d] for d in dims]) for i in taken.values()
+    ]
+    y = rows[tuple(indices)]
+    return y, [*dims, *(labels[axis] for axis in rest)]

@@ -1,0 +1,594 @@
+"""Which values are linear images of one source, and where they meet: pure graph analysis.
+
+The sources are the program's inputs and what is curved in them. To first order, a function entry by
+entry of leaves' entries is an image of the leaves. A product with a constant is an image of what
+the other factor is one of; of two factors that move, it is an image of the leaves alone. What else
+it mixes, the method takes as independent: the :class:`Part` of the product that has no form.
+
+What is read by one block, or multiplied with each other, *meets* if both are images of one entry of
+a source, or one of them takes an entry in more than once. Then spreads entry by entry do not do.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hesscale_jax._jaxpr import Body, Equation, Value
+from hesscale_jax.blocks import Block, Plan
+from hesscale_jax.factored import RENAMED
+from hesscale_jax.forms import (
+    Factor,
+    Form,
+    Reader,
+    Term,
+    TooLarge,
+    combined,
+    identity,
+    known,
+    of_atom,
+    placed,
+)
+from hesscale_jax.rules.control_flow import ControlFlow
+from hesscale_jax.rules.derivatives import Pointwise
+from hesscale_jax.rules.multilinear import multilinear, product_frame
+from hesscale_jax.rules.selection import Selection
+
+__all__ = ["Images", "Part"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What a product varies by, entry by entry, beside its images of leaves.
+
+    Attributes:
+      value: The product.
+      form: Its other images.
+    """
+
+    value: Value
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The product's shape."""
+        return self.form.shape
+
+
+# A function of more terms than these is a source by itself.
+MOST_TERMS = 8
+
+# Selections that yield the same entries at the same positions.
+SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
+
+
+# What may be run where a value's entries are to stay apart.
+MOVES = SAME | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
+MOVES |= {"broadcast_in_dim", "gather", "not", "or", "pad", "reduce_sum", "reshape", "select_n"}
+MOVES |= {"slice", "squeeze", "sub", "transpose"}
+
+
+class Needs(NamedTuple):
+    """What arrays of forms, and their covariances, are computed from.
+
+    Attributes:
+      values: The values whose primals are read.
+      sources: The values whose spreads are.
+    """
+
+    values: set[Value]
+    sources: set[Value]
+
+    def take(self, form: Form) -> None:
+        """Add what a form needs."""
+        self.values.update(form.reads)
+        for source in form.of:
+            if isinstance(source, Part):
+                self.take(source.form)
+            else:
+                self.sources.add(source)
+
+
+class Images:
+    """The forms of a program's values.
+
+    Attributes:
+      blocks: For each block in which images of one source meet, the forms of what it reads, in its
+        frame, where spreads do not do.
+      products: For each product of two images of one source, the forms of its factors.
+      needs: The equations at which forms are used, with what they need.
+    """
+
+    def __init__(
+        self,
+        steps: Plan,
+        leaves: Iterable[Value],
+        last: Iterable[Value],
+        apart: Iterable[Value] = frozenset(),
+    ) -> None:
+        """Find the forms of all values on a path.
+
+        Args:
+          steps: The plan of the program.
+          leaves: The inputs that are leaves, or whose entries are independent as those are.
+          last: The outputs after which nothing mixes entries, as after a network's last layer.
+          apart: The inputs that no form is to be in.
+        """
+        self._steps = steps
+        self.last = frozenset(_unmixed(steps, last))
+        self._apart = frozenset(apart)
+        self._forms: dict[Value, Form] = {}
+        self._leaves = frozenset(leaves)
+        # The values each entry of which depends on one entry of each leaf, the same for all.
+        self._separate = set(self._leaves)
+        self.products: dict[Equation, tuple[Form, Form]] = {}
+        for eqn in steps.rules:
+            self._add(eqn)
+        self.blocks = dict(self._met_in_blocks())
+        self.needs = list(self._needed())
+
+    def of(self, value: Value) -> Form:
+        """The form of a value."""
+        if value not in self._forms:
+            self._forms[value] = identity(value)
+        return self._forms[value]
+
+    def leaves_within(self, eqn: Equation, body: Body) -> set[Value]:
+        """The inputs of a body that are leaves here, what a loop carries left out."""
+        carried = set(body.carry.values())
+        inputs = enumerate(zip(body.program.inputs, body.inputs, strict=True))
+        return {v for j, (v, i) in inputs if j not in carried and eqn.inputs[i] in self._leaves}
+
+    def last_within(self, eqn: Equation, body: Body, steps: Plan) -> set[Value]:
+        """The outputs of a body after which nothing mixes entries, within it or here."""
+        outputs, inputs = body.program.outputs, body.program.inputs
+        last = {y for y, v in zip(outputs, eqn.outputs, strict=True) if v in self.last}
+        while True:
+            # What a step hands on is read by all that comes after in the next one.
+            unmixed = _unmixed(steps, last)
+            handed_on = {
+                outputs[i]
+                for i, j in body.carry.items()
+                if inputs[j] in steps.active and inputs[j] not in unmixed
+            }
+            if last.isdisjoint(handed_on):
+                return last
+            last -= handed_on
+
+    def _needed(self) -> Iterable[tuple[Equation, Needs]]:
+        used: list[tuple[Equation, Iterable[Form]]] = list(self.products.items())
+        first = {block: eqn for eqn, block in reversed(self._steps.blocks.items())}
+        used += [(first[block], forms.values()) for block, forms in self.blocks.items()]
+        for eqn, forms in used:
+            needs = Needs(set(), set())
+            for form in forms:
+                needs.take(form)
+            if eqn in self.products:
+                needs.values.update(v for v in eqn.inputs if isinstance(v, Value))
+            yield eqn, needs
+
+    # What meets
+
+    def _met_in_blocks(self) -> Iterable[tuple[Block, dict[Value, Form]]]:
+        members: dict[Block, list[Equation]] = {}
+        for eqn, block in self._steps.blocks.items():
+            members.setdefault(block, []).append(eqn)
+        for block, equations in members.items():
+            loops = any(eqn in self._steps.loops for eqn in equations)
+            if block.cut or block.along or loops or len({eqn.region for eqn in equations}) > 1:
+                continue
+            made = {v for eqn in equations for v in eqn.outputs}
+            if self.last.isdisjoint(made):
+                continue
+            reads = dict.fromkeys(
+                v for eqn in equations for v in self._active(eqn) if v not in made
+            )
+            met = self._met(block, [v for v in reads if _is_known(v)])
+            if met:
+                yield block, met
+
+    def _met(self, block: Block, values: list[Value]) -> dict[Value, Form]:
+        try:
+            forms = {v: self.of(v).reshaped(block.view(block.spans[v])) for v in values}
+            any_weight = Factor(block.frame, frozenset(), lambda read: None)
+            for form in forms.values():
+                if set(form.of) - set(values):
+                    form.times(any_weight).summed(block.reduced)
+        except TooLarge:
+            return {}
+        dims = block.reduced
+        met = {v for v, form in forms.items() if self._meets_itself(v, form, block)}
+        for a, b in itertools.combinations(values, 2):
+            if not {a, b} <= met and _meet(forms[a], forms[b], dims):
+                met |= {a, b}
+        return {v: forms[v] for v in values if v in met}
+
+    def _meets_itself(self, value: Value, form: Form, block: Block) -> bool:
+        """Whether the spreads of a value's entries do not say how they vary within the block."""
+        for source, terms in form.of.items():
+            if source is value:
+                continue
+            if len(terms) != 1 or not terms[0].once:
+                return True
+            if source in self._separate and any(
+                n != 1 and not terms[0].separates(dim)
+                for dim, n in enumerate(block.frame)
+                if dim in block.reduced
+            ):
+                return True
+        return False
+
+    def _active(self, eqn: Equation) -> list[Value]:
+        return [v for v in eqn.inputs if v in self._steps.active]
+
+    # The forms, in program order
+
+    def _add(self, eqn: Equation) -> None:
+        rule = self._steps.rules[eqn]
+        if not all(map(_is_known, (*eqn.inputs, *eqn.outputs))):
+            return
+        if self._is_cut(eqn):
+            return  # Forms would grow with its length.
+        if isinstance(rule, Pointwise):
+            (y,) = eqn.outputs
+            if all(v in self._separate and v.shape == y.shape for v in self._active(eqn)):
+                self._separate.add(y)
+        try:
+            forms = self._images(eqn, rule)
+        except TooLarge:
+            forms = None
+        for value, form in zip(eqn.outputs, forms or (), strict=False):
+            few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
+            if self._apart.isdisjoint(form.of) and form.of and few:
+                self._forms[value] = form
+
+    def _is_cut(self, eqn: Equation) -> bool:
+        block = self._steps.blocks.get(eqn)
+        return block is not None and block.cut
+
+    def _images(self, eqn: Equation, rule: Any) -> list[Form] | None:
+        active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
+        if isinstance(rule, Pointwise):
+            return self._pointwise(eqn, rule, active)
+        if rule is multilinear:
+            return self._product(eqn, active) if eqn.name == "dot_general" else None
+        if not isinstance(rule, Selection):
+            return None
+        forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
+        if eqn.name in SAME and len(forms) == len(eqn.outputs):
+            shapes = (tuple(v.shape) for v in eqn.outputs)
+            return [form or Form(shape, {}) for form, shape in zip(forms, shapes, strict=True)]
+        image = SELECTIONS.get(eqn.name)
+        return None if image is None else image(eqn, *forms)
+
+    def _pointwise(self, eqn: Equation, rule: Pointwise, active: list[int]) -> list[Form] | None:
+        shape = tuple(eqn.outputs[0].shape)
+        forms = [_aligned(self.of(eqn.inputs[i]), shape) for i in active]
+        entrywise = all(
+            x in self._leaves and len(terms) <= MOST_TERMS and not any(t.summed for t in terms)
+            for form in forms
+            for x, terms in form.of.items()
+        )
+        finite = all(t.finite for form in forms for terms in form.of.values() for t in terms)
+        # A choice discards infinities.
+        chosen = eqn.name == "select_n" or rule.cuts
+        if (not entrywise and not rule.affine(active)) or (chosen and not (entrywise and finite)):
+            return None
+        y = Form(shape, {})
+        for i, form in zip(active, forms, strict=True):
+            slope, is_finite = _slope(eqn, rule, i)
+            form = form if is_finite else form.map(shape, _with_slope)
+            if isinstance(slope, float):
+                y = y.plus(form, slope)
+            else:
+                y = y.plus(form.times(_aligned_factor(slope, shape)))
+        return [y]
+
+    def _product(self, eqn: Equation, active: list[int]) -> list[Form] | None:
+        frame, places, contracted = product_frame(eqn)
+        full = {i: self.of(eqn.inputs[i]).placed(frame, places[i]) for i in active}
+        same = eqn.inputs[0] is eqn.inputs[1]
+        last = eqn.outputs[0] in self.last
+        if len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted):
+            self.products[eqn] = full[0], full[1]
+            return None
+        shape = tuple(eqn.outputs[0].shape)
+        y, parts = Form(shape, {}), Form(shape, {})
+        for i in active:
+            operand, other = eqn.inputs[i], eqn.inputs[1 - i]
+            by = placed(of_atom(other), len(frame), places[1 - i])
+            form = full[i]
+            if len(active) == 2 and any(t.summed for terms in form.of.values() for t in terms):
+                form = identity(operand).placed(frame, places[i])
+            image = form.times(by).summed(contracted).reshaped(shape)
+            mixed = image.of.keys() - self._separate
+            y = y.plus(Form(shape, {x: t for x, t in image.of.items() if x not in mixed}))
+            parts = parts.plus(Form(shape, {x: image.of[x] for x in mixed}))
+        if not y.of:
+            return None
+        return [y.plus(identity(Part(eqn.outputs[0], parts))) if parts.of else y]
+
+
+def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
+    """The values after which no product, and no rule of another kind, mixes entries."""
+    read, mixed = set(last), set[Value]()
+    for eqn, rule in reversed(steps.rules.items()):
+        active = [v for v in eqn.inputs if v in steps.active]
+        keeps = (
+            eqn in steps.blocks
+            or isinstance(rule, Selection | Pointwise)
+            or (rule is multilinear and len(active) == 1)
+            or (isinstance(rule, ControlFlow) and _only_selects(eqn))
+        )
+        moving = steps.active.intersection(eqn.outputs)
+        if not keeps or not mixed.isdisjoint(moving) or not moving <= read:
+            mixed.update(active)
+        read.update(active)
+    return read - mixed
+
+
+def _only_selects(eqn: Equation) -> bool:
+    """Whether what an equation runs only moves entries."""
+    inner = [e for body in eqn.bodies for e in body.program.equations]
+    return all(_only_selects(e) if e.bodies else e.name in MOVES for e in inner)
+
+
+def _is_known(value: Any) -> bool:
+    return all(isinstance(n, int) for n in value.shape)
+
+
+def _meet(a: Form, b: Form, dims: Sequence[int]) -> bool:
+    """Whether two values share entries of a source: at one position, or any along some axes."""
+    return any(
+        _overlap(s, t, dims)
+        for source in a.of.keys() & b.of.keys()
+        for s in a.of[source]
+        for t in b.of[source]
+    )
+
+
+def _overlap(s: Term, t: Term, dims: Sequence[int]) -> bool:
+    for i, j in zip(s.at, t.at, strict=True):
+        if isinstance(i, int) or isinstance(j, int) or i.static is None or j.static is None:
+            continue
+        varies = any(i.shape[d] != 1 or j.shape[d] != 1 for d in dims)
+        shared = np.intersect1d(i.static, j.static).size if varies else (i.static == j.static).any()
+        if not shared:
+            return False
+    return True
+
+
+# Pointwise
+
+
+def _with_slope(term: Term, _: Any) -> Term:
+    return dataclasses.replace(term, finite=False)
+
+
+def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool]:
+    """The slope of an equation in an operand, and whether it is finite where the operands are."""
+    if rule.slopes is not None:
+        return rule.slopes[i], True
+    if eqn.name == "mul":
+        return of_atom(eqn.inputs[1 - i]), True
+    if eqn.name == "div" and i == 0:
+        other = of_atom(eqn.inputs[1])
+        return other.mapped(lambda x: 1 / x, other.shape), True
+    if eqn.name == "select_n":
+        which = of_atom(eqn.inputs[0])
+        return which.mapped(lambda x: x.astype("int32") == i - 1, which.shape), True
+    (y,) = eqn.outputs
+    reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
+
+    def slope(read: Reader) -> Any:
+        found, _ = rule.derivatives(eqn, read(y), list(map(read, eqn.inputs)), [i])
+        return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
+
+    return Factor(tuple(y.shape), reads, slope), False
+
+
+def _aligned(form: Form, shape: Sequence[int]) -> Form:
+    """With ones before its axes, as operands of one equation are broadcast."""
+    if len(form.shape) == len(shape):
+        return Form(tuple(shape), form.of)
+    return form.placed(shape, ())
+
+
+def _aligned_factor(f: Factor, shape: Sequence[int]) -> Factor:
+    return f if len(f.shape) == len(shape) else f.reshaped((1,) * len(shape))
+
+
+# Selections
+
+
+def _shape(eqn: Equation) -> tuple[int, ...]:
+    return tuple(eqn.outputs[0].shape)
+
+
+def _broadcast(eqn: Equation, x: Form, *_: Any) -> list[Form]:
+    return [x.placed(_shape(eqn), eqn.params["broadcast_dimensions"])]
+
+
+def _reshape(eqn: Equation, x: Form, *_: Any) -> list[Form]:
+    return [x.reshaped(_shape(eqn))]
+
+
+def _transpose(eqn: Equation, x: Form) -> list[Form]:
+    return [x.transposed(eqn.params["permutation"])]
+
+
+def _along(x: Form, dim: int, index: Any) -> Form:
+    """At positions along one axis."""
+    index = index if isinstance(index, Factor) else known(np.asarray(index))
+    order = [*range(1, dim + 1), 0, *range(dim + 1, len(x.shape))]
+    return x.taken([dim], [index]).transposed(order)
+
+
+def _slice(eqn: Equation, x: Form) -> list[Form]:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(x.shape)
+    for dim, bounds in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        if bounds != (0, x.shape[dim], 1):
+            x = _along(x, dim, np.arange(*bounds))
+    return [x]
+
+
+def _rev(eqn: Equation, x: Form) -> list[Form]:
+    for dim in eqn.params["dimensions"]:
+        x = _along(x, dim, np.arange(x.shape[dim])[::-1])
+    return [x]
+
+
+def _pad(eqn: Equation, x: Form | None, value: Form | None) -> list[Form] | None:
+    if x is None or value is not None:
+        return None
+    for dim, (low, _, inner) in enumerate(eqn.params["padding_config"]):
+        n, size = x.shape[dim], _shape(eqn)[dim]
+        at = np.arange(size) - low
+        index = np.where((at >= 0) & (at % (inner + 1) == 0), at // (inner + 1), -1)
+        index = np.where(index < n, index, -1)
+        if size != n or not np.array_equal(index, np.arange(n)):
+            x = _along(x, dim, index)
+    return [x]
+
+
+def _concatenate(eqn: Equation, *parts: Form | None) -> list[Form]:
+    dim, shape = eqn.params["dimension"], _shape(eqn)
+    y, start = Form(shape, {}), 0
+    for part, value in zip(parts, eqn.inputs, strict=True):
+        n = value.shape[dim]
+        at = np.arange(shape[dim]) - start
+        start += n
+        if part is not None and n:
+            y = y.plus(_along(part, dim, np.where((at >= 0) & (at < n), at, -1)))
+    return [y]
+
+
+def _stack(eqn: Equation, *parts: Form | None) -> list[Form]:
+    dim, shape = eqn.params["axis"], _shape(eqn)
+    at = [i for i in range(len(shape)) if i != dim]
+    y = Form(shape, {})
+    for k, part in enumerate(parts):
+        if part is not None:
+            here = np.arange(shape[dim]) == k
+            sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
+            y = y.plus(part.placed(shape, at).times(known(here.reshape(sizes))))
+    return [y]
+
+
+def _split(eqn: Equation, x: Form) -> list[Form]:
+    dim = eqn.params["axis"]
+    sizes = eqn.params["sizes"]
+    starts = [0, *itertools.accumulate(sizes)]
+    return [_along(x, dim, np.arange(s, s + n)) for s, n in zip(starts, sizes, strict=False)]
+
+
+def _unstack(eqn: Equation, x: Form) -> list[Form]:
+    dim = eqn.params["axis"]
+    return [
+        _along(x, dim, np.array([k])).reshaped(tuple(v.shape)) for k, v in enumerate(eqn.outputs)
+    ]
+
+
+def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | None:
+    if x is None:
+        return None
+    for dim, (n, atom) in enumerate(zip(_shape(eqn), eqn.inputs[1:], strict=True)):
+        size = x.shape[dim]
+        if n != size:
+            index = combined(
+                lambda s, n=n, size=size: jnp.clip(s, 0, size - n) + np.arange(n),
+                (n,),
+                of_atom(atom),
+            )
+            x = _along(x, dim, index)
+    return [x]
+
+
+def _reduce_sum(eqn: Equation, x: Form) -> list[Form]:
+    return [x.summed(eqn.params["axes"]).reshaped(_shape(eqn))]
+
+
+def _cumsum(eqn: Equation, x: Form) -> list[Form]:
+    dim, rank = eqn.params["axis"], len(x.shape)
+    n = x.shape[dim]
+    taken_in = np.tri(n, dtype=bool)  # a row for each result
+    taken_in = taken_in.T if eqn.params["reverse"] else taken_in
+    shape = (*x.shape[:dim], n, *x.shape[dim:])
+    apart = x.placed(shape, [i if i < dim else i + 1 for i in range(rank)])
+    weights = known(taken_in.reshape([n if i in (dim, dim + 1) else 1 for i in range(rank + 1)]))
+    return [apart.times(weights).summed([dim + 1]).reshaped(_shape(eqn))]
+
+
+def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    batching = tuple(numbers.operand_batching_dims)
+    dims = [*numbers.start_index_map, *batching]
+    if x is None or sorted(dims) != sorted((*numbers.collapsed_slice_dims, *batching)):
+        return None
+    rest = [i for i in range(len(x.shape)) if i not in dims]
+    if not dims or any(sizes[i] != x.shape[i] for i in rest):
+        return None
+    indices = of_atom(eqn.inputs[1])
+    lead = indices.shape[:-1]
+    mode = eqn.params["mode"]
+
+    def column(k: int, dim: int) -> Factor:
+        size = x.shape[dim]
+
+        def pick(i: Any) -> Any:
+            i = i[..., k]
+            if mode == lax.GatherScatterMode.CLIP:
+                return i.clip(0, size - 1)
+            if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+                return i
+            where = np.where if isinstance(i, np.ndarray) else jnp.where
+            return where((i >= 0) & (i < size), i, -1)
+
+        return indices.mapped(pick, lead)
+
+    def along(at: int) -> Factor:
+        shape = [n if i == at else 1 for i, n in enumerate(lead)]
+        return known(np.broadcast_to(np.arange(lead[at]).reshape(shape), lead))
+
+    at = [column(k, dim) for k, dim in enumerate(numbers.start_index_map)]
+    at += [along(i) for i in numbers.start_indices_batching_dims]
+    y = x.taken(dims, at)
+    of_rest = iter(range(len(lead), len(y.shape)))
+    of_lead = iter(range(len(lead)))
+    order = [
+        next(of_rest) if i in numbers.offset_dims else next(of_lead) for i in range(len(y.shape))
+    ]
+    return [y.transposed(order)]
+
+
+def _tile(eqn: Equation, x: Form) -> list[Form]:
+    for dim, (n, size) in enumerate(zip(x.shape, _shape(eqn), strict=True)):
+        if size != n:
+            x = _along(x, dim, np.arange(size) % n)
+    return [x]
+
+
+SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
+    "broadcast_in_dim": _broadcast,
+    "concatenate": _concatenate,
+    "cumsum": _cumsum,
+    "dynamic_slice": _dynamic_slice,
+    "expand_dims": _reshape,
+    "gather": _gather,
+    "pad": _pad,
+    "reduce_sum": _reduce_sum,
+    "reshape": _reshape,
+    "rev": _rev,
+    "slice": _slice,
+    "split": _split,
+    "squeeze": _reshape,
+    "stack": _stack,
+    "tile": _tile,
+    "transpose": _transpose,
+    "unstack": _unstack,
+}

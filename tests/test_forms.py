@@ -1,0 +1,201 @@
+"""What is exact, by structure: each line of docs/explanation/exact.md, with programs of its kind.
+
+Each program is written in ways that do not look alike; the Hessian's diagonal is the same.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import hesscale_jax as hs
+
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "exact.md"
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+A, B, X, W = normal(0, 4, 4), normal(1, 4, 2), normal(2, 5, 4), normal(3, 3, 3)
+x, pairs = normal(4, 4), normal(5, 6, 2)
+chosen, rejected = X + 2, X + 2 + 0.1 * normal(6, 5, 4)
+STEPS = jnp.arange(3.0)
+labels, tokens = np.array([0, 2, 1, 2, 0]), np.array([[0, 0, 2], [1, 3, 3]])
+
+
+def finite_differences(w):
+    def u(t):
+        return jnp.tanh(t * normal(7, 1, 6) + normal(8, 1, 6)) @ w
+
+    t, h = normal(9, 7, 1), 1e-2
+    return (((u(t + h) - 2 * u(t) + u(t - h)) / h**2 - 1) ** 2).mean()
+
+
+def ordered_logit(p):
+    cuts, score = jnp.cumsum(p["steps"]), X @ p["w"]
+    probability = jax.nn.sigmoid(cuts[labels % 2 + 1] - score)
+    return -jnp.log(probability - jax.nn.sigmoid(cuts[labels % 2] - score)).mean()
+
+
+def contrastive(p):
+    logits = p["scale"] * A + p["bias"]
+    rows, columns = (jax.nn.log_softmax(each, -1).diagonal() for each in (logits, logits.T))
+    return -(rows + columns).mean()
+
+
+def dice(z):
+    hot, prob = jax.nn.one_hot(labels, 3), jax.nn.softmax(z)
+    return (1 - (2 * (prob * hot).sum(0) + 1) / ((prob + hot).sum(0) + 1)).mean()
+
+
+def distances(r):
+    return jnp.sqrt(((r[None] - r[:, None]) ** 2).sum(-1) + 1e-2).sum()
+
+
+def factorisation_machine(v):
+    return ((((X @ v) ** 2 - (X**2) @ (v**2)).sum(-1) - 1) ** 2).sum()
+
+
+def checkpointed(w):
+    both = jax.checkpoint(lambda w: (chosen @ w, rejected @ w))
+    a, b = both(w)
+    return -jax.nn.log_sigmoid(a - b).mean()
+
+
+LINES = {
+    "A bilinear form of a value with a linear image of it": [
+        (lambda x: x @ A @ x, x),
+        (lambda x: jnp.vdot(x, A @ x) ** 2, x),
+        (lambda x: jnp.einsum("i,ij,j->", x, A, x), x),
+        (lambda x: jnp.sum(A * jnp.outer(x, x)), x),
+        (lambda x: (x @ A @ x) / (x @ x), x),
+        (lambda w: jnp.trace(w @ w), W),
+        (lambda w: jnp.sum((w @ w.T - jnp.eye(3)) ** 2), W),
+        (lambda p: jnp.log1p(jnp.einsum("ni,ij,nj->n", p, A, p) ** 2).sum(), X),
+        (lambda x: jnp.tanh(x) @ A @ jax.nn.gelu(x), x),
+        (factorisation_machine, B),
+        (lambda x: jax.lax.scan(lambda c, t: (c + t * (x @ A @ x) ** 2, None), 0.0, STEPS)[0], x),
+    ],
+    "A product of a few entries": [
+        (lambda s: jnp.prod(jnp.stack([s, s, jnp.array(3.0)])), jnp.array(0.7)),
+        (lambda w: jnp.prod(jnp.stack([w, jnp.flip(w)]), 0).sum(), x),
+    ],
+    "Linear images of a leaf that meet before anything curved": [
+        (lambda w: -jax.nn.log_sigmoid(chosen @ w - rejected @ w).mean(), x),
+        (checkpointed, x),
+        (lambda w: ((X @ w - 0.9 * (chosen @ w) - 1) ** 2).mean(), x),
+        (finite_differences, normal(10, 6)),
+        (ordered_logit, {"steps": jnp.array([-0.5, 1.0, 0.7]), "w": x}),
+        (lambda w: jax.nn.logsumexp((X @ w).mean(0)), normal(11, 4, 3)),
+        (lambda up: jax.nn.logsumexp(X @ (A + B @ up), -1).sum(), normal(12, 2, 4)),
+        (contrastive, {"scale": jnp.array(1.3), "bias": jnp.array(0.2)}),
+    ],
+    "Entries of a leaf chosen, moved, repeated and added up": [
+        (lambda w: ((jnp.flip(jnp.flip(w)) * w) ** 2).sum(), x),
+        (lambda w: jnp.exp(w * jnp.roll(w, 1)).sum(), x),
+        (lambda w: jax.nn.logsumexp(jnp.tile(w, 2) * jnp.arange(8.0)), x),
+        (lambda w: (w[tokens].sum(1) ** 3).sum(), x),
+        (lambda w: jnp.sqrt(((w[1:] - w[:-1]) ** 2).sum()), x),
+        (lambda w: jax.nn.logsumexp(jax.lax.cumsum(w, reverse=True)), x),
+        (lambda w: (jnp.convolve(w, jnp.array([1.0, -2.0, 1.0])) ** 2).sum(), x),
+        (lambda w: (jnp.pad(w, 1)[1:-1] * w).sum(), x),
+        (lambda w: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(8.0)).sum(), x),
+        (lambda r: -jax.nn.log_sigmoid(r[tokens[0]] - r[tokens[1]]).sum(), x),
+        (lambda r: -jax.nn.log_sigmoid(r[jnp.asarray(tokens[0])] - r[0]).sum(), x),
+    ],
+    "One value at several places of a block": [
+        (distances, pairs),
+        (lambda w: (w * w.T * W).sum(), W),
+        (lambda w: jnp.tanh((w + w.T) / 2).sum(), W),
+        (lambda p: jnp.tanh(jnp.outer(p[0], p[1]) + jnp.outer(p[1], p[0])).sum(), pairs.T[:, :4]),
+    ],
+    "Images, entry by entry, of what leaves a block": [
+        (dice, normal(13, 5, 3)),
+        (lambda w: (jnp.tanh(w) * jnp.flip(jnp.tanh(w))).sum(), x),
+    ],
+    "An axis of size 1": [
+        (lambda w: ((jax.nn.softmax(w) @ B[:, :1] - 0.3) ** 2).sum(), x),
+        (lambda w: ((jax.nn.softmax(w)[None] @ B[:, :1] - 0.3) ** 2).sum(), x),
+    ],
+}
+PROGRAMS = [
+    pytest.param(*program, id=f"{line}-{i}")
+    for line, programs in LINES.items()
+    for i, program in enumerate(programs)
+]
+
+
+def diagonal(loss, params):
+    flat, unravel = ravel_pytree(params)
+    return jnp.diag(jax.hessian(lambda p: loss(unravel(p)))(flat))
+
+
+# What cancels, as a bias added to all logits, is 0 up to rounding: the scale is that of its terms.
+@pytest.mark.parametrize(("loss", "params"), PROGRAMS)
+def test_the_diagonal_is_exact(loss, params):
+    grad, received = jax.jit(hs.hesscale(loss))(params)
+    expected = np.asarray(jax.jit(lambda p: diagonal(loss, p))(params))
+    scale = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=0, atol=1e-9 * scale)
+    expected = ravel_pytree(jax.grad(loss)(params))[0]
+    np.testing.assert_allclose(ravel_pytree(grad)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+# Finite differences cancel: their rounding is 1e4 of a step of 1e-2, twice.
+@pytest.mark.parametrize(("loss", "params"), PROGRAMS)
+def test_in_single_precision(loss, params):
+    if loss is finite_differences:
+        pytest.skip("the differences themselves have three digits")
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    with jax.numpy_dtype_promotion("standard"):
+        _, received = jax.jit(hs.hesscale(loss))(params)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    expected = np.asarray(jax.jit(lambda p: diagonal(loss, p))(wide))
+    scale = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=0, atol=1e-4 * scale)
+
+
+def test_the_page_has_every_line():
+    text = PAGE.read_text()
+    assert [line for line in LINES if line not in text] == []
+
+
+def test_the_difference_of_two_images_does_not_cancel():
+    # The factors are subtracted, not the variances, of which nothing would be left.
+    a = normal(20, 8, 6).astype(jnp.float32) * 100
+    b = a + 1e-2 * normal(21, 8, 6).astype(jnp.float32)
+    w = jnp.zeros(6, jnp.float32)
+    _, received = hs.hesscale(lambda w: -jax.nn.log_sigmoid(a @ w - b @ w).sum())(w)
+    np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["frozen", "moving"])
+def test_it_does_not_depend_on_what_else_is_differentiated(other):
+    params = {"down": B, "up": normal(12, 2, 4)}
+
+    def loss(up, down):
+        return jax.nn.logsumexp(X @ (A + down @ up), -1).sum()
+
+    argnums = 0 if other == "frozen" else (0, 1)
+    _, received = hs.hesscale(loss, argnums)(params["up"], params["down"])
+    received = received if other == "frozen" else received[0]
+    expected = diagonal(lambda up: loss(up, params["down"]), params["up"])
+    np.testing.assert_allclose(received.ravel(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_explain_says_that_nothing_is_lost_where_images_meet():
+    report = hs.explain(lambda w: -jax.nn.log_sigmoid(chosen @ w - rejected @ w).mean())(x)
+    assert report.dropped == ()
+
+
+def test_explain_names_what_meets_out_of_reach():
+    # The root of a masked logarithm is no image of w: its slopes may be infinite.
+    def loss(w):
+        return jnp.where(w > 0, jnp.log(jnp.where(w > 0, w, 0.0)), 0.0) @ A @ w
+
+    (entry,) = hs.explain(loss)(x).dropped
+    assert entry.value == "w"

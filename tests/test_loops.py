@@ -1,0 +1,197 @@
+"""Loops whose body is one block: exact, as written out, with the same equations for any length."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import assert_close, normal
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+import hesscale_jax as hs
+
+N = 3
+LENGTH = 5
+
+
+def written_out(step, carry, xs, length=None, reverse=False):
+    length = length or len(jax.tree.leaves(xs)[0])
+    for t in reversed(range(length)) if reverse else range(length):
+        carry, _ = step(carry, jax.tree.map(lambda x, t=t: x[t], xs))
+    return carry, None
+
+
+def of_length(xs, length):
+    return xs if length == LENGTH else jnp.resize(xs, (length, *xs.shape[1:]))
+
+
+def horner(p, scan, length=LENGTH):
+    coefficients = jnp.arange(1.0, length + 1)
+    return scan(lambda y, c: (y * p["a"] + c, None), jnp.zeros(N), coefficients)[0].sum()
+
+
+def recurrent_unit(p, scan, length=LENGTH):
+    def step(h, _):
+        return jnp.tanh(p["a"] * h + p["b"]), None
+
+    return (scan(step, jnp.full(N, 0.5), None, length=length)[0] ** 2 * p["b"]).sum()
+
+
+def state_space(p, scan, length=LENGTH):
+    decay = jax.nn.sigmoid(p["a"])
+    inputs = of_length(p["xs"], length)
+
+    def step(h, x):
+        return decay * h + p["b"] * x, None
+
+    return jnp.sin(scan(step, jnp.zeros(N), inputs, reverse=True)[0] * decay).sum()
+
+
+def momentum(p, scan, length=LENGTH):
+    def step(carry, _):
+        x, v = carry
+        v = 0.9 * v - 0.1 * p["b"] * jnp.sin(x)
+        return (x + v, v), None
+
+    x, v = scan(step, (jnp.cos(p["a"]), p["b"]), None, length=length)[0]
+    return (x * v * p["a"]).sum()
+
+
+def two_chains(p, scan, length=LENGTH):
+    """Neither carry reads the other, and both what is scanned over."""
+
+    def step(carry, x):
+        return (carry[0] * p["a"] + x, jnp.sin(carry[1]) * p["b"] + x * x), None
+
+    x, y = scan(step, (jnp.zeros(N), jnp.ones(N)), of_length(p["xs"], length))[0]
+    return (x * y * p["a"]).sum()
+
+
+def of_two_sizes(p, scan, length=LENGTH):
+    def step(carry, _):
+        h, s = carry
+        return (jnp.tanh(h * p["a"] * s), s * jnp.sin(p["s"])), None
+
+    h, s = scan(step, (p["b"], p["s"]), None, length=length)[0]
+    return (h * p["b"] * s).sum()
+
+
+def nested(p, scan, length=LENGTH):
+    def outer(h, x):
+        inner = scan(lambda h, _: (jnp.tanh(p["a"] * h + x), None), h + p["b"], None, length=3)[0]
+        return inner * p["a"], None
+
+    return (scan(outer, p["a"], of_length(p["xs"], length))[0] ** 2).sum()
+
+
+def streamed_log_sum_exp(p, scan, length=LENGTH):
+    """The largest so far and a sum relative to it, block by block."""
+    blocks = of_length(p["blocks"], length)
+
+    def step(carry, x):
+        top, total = carry
+        new = jnp.maximum(top, x.max(-1))
+        return (new, total * jnp.exp(top - new) + jnp.exp(x - new[:, None]).sum(-1)), None
+
+    top, total = scan(step, (jnp.full(N, -1e9), jnp.zeros(N)), blocks)[0]
+    return ((top + jnp.log(total)) ** 2).sum()
+
+
+def running_variance(p, scan, length=LENGTH):
+    def step(carry, x):
+        n, mean, total = carry
+        new = mean + (x - mean) / (n + 1)
+        return (n + 1, new, total + (x - mean) * (x - new)), None
+
+    start = (0.0, jnp.zeros(N), jnp.zeros(N))
+    n, _, total = scan(step, start, of_length(p["xs"], length))[0]
+    return jnp.log(total / n).sum()
+
+
+def by_fori_loop(p, scan, length=LENGTH):
+    def step(i, y):
+        return jnp.tanh(p["a"] * y + jnp.asarray(i, float))
+
+    if scan is lax.scan:
+        y = lax.fori_loop(0, length, step, p["a"])
+    else:
+        y = functools.reduce(lambda y, i: step(i, y), range(length), p["a"])
+    return (y**2).sum()
+
+
+def reshaped(p, scan, length=LENGTH):
+    """What is read at every step has more axes than what is carried."""
+    table = jnp.cos(p["blocks"][0])
+
+    def step(h, _):
+        return jnp.tanh(h * table.reshape(-1)), None
+
+    return (scan(step, table.reshape(-1), None, length=length)[0].reshape(N, 4) * table).sum()
+
+
+def in_checkpoint(p, scan, length=LENGTH):
+    """A block crosses the border of a checkpoint twice: around the loop, and in its body."""
+
+    @jax.checkpoint
+    def ends(a, xs):
+        @jax.checkpoint
+        def step(carry, x):
+            return (jnp.tanh(carry[0] * a + x), carry[0] * carry[1]), None
+
+        return scan(step, (a, a * a), xs, reverse=True)[0]
+
+    a = jnp.sin(p["a"])
+    x, y = ends(a, of_length(p["xs"], length))
+    return (x * y * a).sum()
+
+
+CASES = {
+    fun.__name__: fun
+    for fun in (
+        *(horner, recurrent_unit, state_space, momentum, two_chains, of_two_sizes, nested),
+        *(streamed_log_sum_exp, running_variance, by_fori_loop, reshaped, in_checkpoint),
+    )
+}
+# Where a slice of what is scanned over is read twice in a step, each time counts as independent
+# if the loop is written out.
+TWICE = {"two_chains", "in_checkpoint", "nested", "running_variance"}
+TWICE |= {"streamed_log_sum_exp"}
+PARAMS = {
+    "a": 0.7 * normal(N),
+    "b": normal(N, seed=1),
+    "s": jnp.asarray(0.7),
+    "xs": normal(LENGTH, N, seed=2),
+    "blocks": normal(LENGTH, N, 4, seed=3),
+}
+
+
+def exact(loss):
+    flat, unravel = ravel_pytree(PARAMS)
+    return unravel(jnp.diag(jax.hessian(lambda x: loss(unravel(x)))(flat)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_loop_is_exact(name):
+    loss = functools.partial(CASES[name], scan=lax.scan)
+    grad, hess_diag = jax.jit(hs.hesscale(loss))(PARAMS)
+    assert_close(grad, jax.grad(loss)(PARAMS))
+    assert_close(hess_diag, exact(loss))
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - TWICE))
+def test_a_loop_is_as_it_is_written_out(name):
+    received, expected = (
+        jax.jit(hs.hesscale(functools.partial(CASES[name], scan=scan)))(PARAMS)
+        for scan in (lax.scan, written_out)
+    )
+    assert_close(received, expected)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"horner"}))
+def test_it_takes_the_same_equations_for_any_length(name):
+    def count(length):
+        loss = functools.partial(CASES[name], scan=lax.scan, length=length)
+        return str(jax.make_jaxpr(hs.hesscale(loss))(PARAMS)).count(" = ")
+
+    assert count(40) == count(20)
