@@ -622,7 +622,8 @@ class _Builder:
             if any(n != m for i, (n, m) in enumerate(shapes) if i != axis):
                 return None
             step = params["strides"][axis] if params["strides"] else 1
-            return axis, parts[params["start_indices"][axis] : params["limit_indices"][axis] : step]
+            some = parts[params["start_indices"][axis] : params["limit_indices"][axis] : step]
+            return (axis, some) if some else None
         if eqn.primitive.name == "transpose":
             order = params["permutation"]
             rest = [i for i in order if i != axis]

@@ -570,6 +570,7 @@ def covariance(
         pairs = [(a, b, 1.0) for a, b in itertools.product(left, right)]
     if spread is None:
         return None
+    spread = read.number(spread)
     found = [_of_pair(a, b, spread, shape, read, over) for a, b, _ in pairs]
     terms = [
         _scaled(times * a.scale * b.scale, y)

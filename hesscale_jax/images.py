@@ -192,6 +192,8 @@ class Images:
                 yield block, met
 
     def _met(self, block: Block, values: list[Value]) -> dict[Value, Form]:
+        if not all(isinstance(n, int) for n in block.frame):
+            return {}
         try:
             forms = {v: self.of(v).reshaped(block.view(block.spans[v])) for v in values}
             any_weight = Factor(block.frame, frozenset(), lambda read: None)

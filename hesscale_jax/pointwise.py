@@ -123,7 +123,7 @@ class BlockArithmetic:
         self._forms = forms
         self._reader = Reader(read, self._dtype)
         self._primal = read
-        self._form_of: dict[Local, Form] = {}
+        self._form_of: dict[Local, Form | None] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
         self._joint: dict[tuple[Value, Value], Any] = {}  # covariances of two sources, both ways
@@ -430,16 +430,17 @@ class BlockArithmetic:
     def _sum_of(self, root: Root, c: Coefficient) -> Sum:
         """``w = c D + sum_k (sum_i c_i U_k) w_k`` for a root ``u``."""
         w: dict[Local, Coefficient] = {}
-        form = Form(self._frame, {})
+        forms: list[Form] = []
         for leaf, d in _leaves({root: c}).items():
             if isinstance(leaf, Local):
                 _add(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
-                form = form.plus(self._times(self._form(leaf), d).summed(self._reduced))
+                form = self._form(leaf)
+                forms += [self._times(form, d).summed(self._reduced)] if form else []
             else:
                 d = self._sum(d, self._reduced, missing=True)
                 _add(w, leaf.of_local, d)
-                form = form.plus(self._times(self._form(leaf), d))
-        return Sum(w, form)
+                forms += [self._times(leaf.form, d)] if leaf.form else []
+        return Sum(w, functools.reduce(Form.plus, forms) if forms else None)
 
     # Covariances: linear in the spreads of the sources
 
@@ -522,6 +523,8 @@ class BlockArithmetic:
     def _formed(self, a: Local | Sum, b: Local | Sum) -> Any:
         """What two roots share of the sources of forms."""
         one, other = self._form(a), self._form(b)
+        if one is None or other is None:
+            return None
         terms = (
             covariance(
                 one.of[source],
@@ -535,18 +538,18 @@ class BlockArithmetic:
         )
         return total(*terms)
 
-    def _form(self, root: Local | Sum) -> Form:
-        """The form of a local root, or of a reduction."""
+    def _form(self, root: Local | Sum) -> Form | None:
+        """The form of a local root, or of a reduction, if it has one."""
         if isinstance(root, Sum):
-            return root.form or Form(self._frame, {})
-        local = root
-        if local not in self._form_of:
-            form = Form(self._frame, {})
-            for value, d in local.of_source.items():
-                if value in self._forms:
-                    form = form.plus(self._times(Form(self._frame, self._forms[value].of), d))
-            self._form_of[local] = form
-        return self._form_of[local]
+            return root.form
+        if root not in self._form_of:
+            forms = [
+                self._times(Form(self._frame, self._forms[value].of), d)
+                for value, d in root.of_source.items()
+                if value in self._forms
+            ]
+            self._form_of[root] = functools.reduce(Form.plus, forms) if forms else None
+        return self._form_of[root]
 
     def _times(self, form: Form, coefficient: Coefficient) -> Form:
         if not form.of or coefficient is None:

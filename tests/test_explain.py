@@ -251,9 +251,9 @@ def test_tied_weights_meet():
     assert re.search(r"params\['embed'\] +argument +1, 4 +4\n", str(report))
 
 
-def test_a_value_multiplied_with_itself_meets():
+def test_a_value_multiplied_with_itself_drops_nothing():
     report = hs.explain(lambda w: jnp.sum((w @ w) ** 2))(array(3, 3))
-    assert branches(report) == [("w", (0,), 0)]
+    assert branches(report) == []  # They meet in the product, which knows both.
 
 
 def test_nothing_is_lost_in_the_affine_end():
@@ -270,11 +270,11 @@ def test_nothing_is_lost_in_the_affine_end():
     assert branches(report) == []
 
 
-def test_a_penalty_under_a_root_is_listed():
+def test_a_penalty_under_a_root_is_exact():
     def loss(w, x):
         return jnp.sqrt(jnp.sum((x @ w) ** 2) + jnp.sum(w**2))
 
-    assert [entry.value for entry in hs.explain(loss)(array(3, 2), array(5, 3)).dropped] == ["w"]
+    assert branches(hs.explain(loss)(array(3, 2), array(5, 3))) == []  # both are images of w
 
 
 def test_an_exact_loss_drops_nothing():
@@ -308,7 +308,7 @@ def test_where_nothing_is_dropped_the_diagonal_is_exact():
 def test_arguments_go_by_their_path():
     def loss(x, params, *more):
         (w,) = params["layer"]
-        return jnp.sum((x @ w @ w) ** 2) + jnp.sum((more[0] @ more[0]) ** 2)
+        return jnp.sum((jnp.tanh(x @ w) @ w) ** 2) + jnp.sum((more[0] @ more[0] @ more[0]) ** 2)
 
     report = hs.explain(loss, argnums=(2, 1))(array(5, 3), {"layer": [array(3, 3)]}, array(4, 4))
     assert {entry.value for entry in report.dropped} == {"params['layer'][0]", "args[2]"}

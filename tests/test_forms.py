@@ -83,6 +83,7 @@ LINES = {
     "A product of a few entries": [
         (lambda s: jnp.prod(jnp.stack([s, s, jnp.array(3.0)])), jnp.array(0.7)),
         (lambda w: jnp.prod(jnp.stack([w, jnp.flip(w)]), 0).sum(), x),
+        (lambda s: jnp.prod(jnp.stack([s, 2 * s])[:0]) * s**2, jnp.array(0.7)),
     ],
     "Linear images of a leaf that meet before anything curved": [
         (lambda w: -jax.nn.log_sigmoid(chosen @ w - rejected @ w).mean(), x),
