@@ -457,6 +457,7 @@ class _Builder:
 
     def __init__(self, inputs: Sequence[Value], apart: bool) -> None:
         self.equations: list[Equation] = []
+        self._inputs = frozenset(inputs)
         self._one_result = apart
         self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
@@ -511,7 +512,7 @@ class _Builder:
                 results = self.inline(combined, parts, (eqn, *callers), region)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
-            elif eqn.primitive.name == "dot_general" and _contracts_everything(eqn):
+            elif eqn.primitive.name == "dot_general" and self._contracts_everything(eqn, inputs):
                 expanded = trace(_multiply_and_sum(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             elif eqn.primitive.name == "reduce_prod" and self._has_few(eqn, inputs):
@@ -645,6 +646,24 @@ class _Builder:
             return reduce(result, others) if others else result
 
         return trace(combined, *map(_aval, parts)), parts
+
+    def _contracts_everything(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
+
+        An axis of size 1 is none, except in a layer: one unit, applied to one example.
+        """
+        free = _free(eqn)
+        layer = all(free) and any(map(self._is_given, inputs))
+        return not layer and all(
+            v.aval.shape and all(v.aval.shape[i] == 1 for i in axes)
+            for v, axes in zip(eqn.invars, free, strict=True)
+        )
+
+    def _is_given(self, x: Any) -> bool:
+        """Whether a value is an input, or one in another dtype."""
+        while x in self._made and self._made[x].name == "convert_element_type":
+            (x,) = self._made[x].inputs
+        return x in self._inputs
 
     def _has_few(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a product is of few entries that move: a block may take them as one value's."""
@@ -1220,17 +1239,6 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 
 
 # A dot product row by row is a multiplication and a sum in disguise
-
-
-def _contracts_everything(eqn: Any) -> bool:
-    """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
-
-    An axis of size 1 is none.
-    """
-    return all(
-        v.aval.shape and all(v.aval.shape[i] == 1 for i in free)
-        for v, free in zip(eqn.invars, _free(eqn), strict=True)
-    )
 
 
 def _free(eqn: Any) -> list[list[int]]:

@@ -34,7 +34,7 @@ class Along(NamedTuple):
         return (*shape[: self.axis], length, *shape[self.axis + 1 :])
 
     def rows(self, ids: Any) -> Any:
-        """The segments of entries and of segments, as :meth:`taken` needs them."""
+        """The segments of entries and of segments, as ``taken`` needs them."""
         shape = self.with_length(self.segments, ids.shape)
         ids = lax.concatenate([ids, lax.broadcasted_iota(ids.dtype, shape, self.axis)], self.axis)
         return lax.reshape(ids, (*(ids.shape[i] for i in self._indexed), 1))
