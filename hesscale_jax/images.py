@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hesscale_jax._jaxpr import Body, Equation, Value
+from hesscale_jax import _jaxpr
+from hesscale_jax._jaxpr import Body, Constant, Equation, Value
 from hesscale_jax.blocks import Block, Plan
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
@@ -126,6 +127,7 @@ class Images:
         # The values each entry of which depends on one entry of each leaf, the same for all.
         self._separate = set(self._leaves)
         self.products: dict[Equation, tuple[Form, Form]] = {}
+        self._home: dict[Value, Block] = {}  # the block that makes a value
         for eqn in steps.rules:
             self._add(eqn)
         self.blocks = dict(self._met_in_blocks())
@@ -245,8 +247,20 @@ class Images:
             forms = None
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
-            if self._apart.isdisjoint(form.of) and form.of and few:
+            if self._apart.isdisjoint(form.of) and form.of and few and self._is_whole(eqn, form):
                 self._forms[value] = form
+        if eqn in self._steps.blocks:
+            self._home.update(dict.fromkeys(eqn.outputs, self._steps.blocks[eqn]))
+
+    def _is_whole(self, eqn: Equation, form: Form) -> bool:
+        """Whether a form says how its entries vary, as far as their block does.
+
+        The block alone knows how values that it makes covary.
+        """
+        block = self._steps.blocks.get(eqn)
+        inside = block is not None and any(self._home.get(x) is block for x in form.of)
+        terms = [t for terms in form.of.values() for t in terms]
+        return not inside or (len(terms) == 1 and not terms[0].summed)
 
     def _is_cut(self, eqn: Equation) -> bool:
         block = self._steps.blocks.get(eqn)
@@ -387,10 +401,19 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
     def slope(read: Reader) -> Any:
-        found, _ = rule.derivatives(eqn, read(y), list(map(read, eqn.inputs)), [i])
+        operands, result = list(map(read, eqn.inputs)), read(y)
+        if not _jaxpr.takes(eqn, operands):
+            operands = [_as(v, x) for v, x in zip(eqn.inputs, operands, strict=True)]
+            result = _as(y, result)
+        found, _ = rule.derivatives(eqn, result, operands, [i])
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     return Factor(tuple(y.shape), reads, slope), False
+
+
+def _as(atom: Value | Constant, x: Any) -> Any:
+    dtype = atom.value.dtype if isinstance(atom, Constant) else atom.dtype
+    return lax.convert_element_type(x, dtype)
 
 
 def _aligned(form: Form, shape: Sequence[int]) -> Form:

@@ -767,7 +767,7 @@ def scaled(coefficient: Coefficient, x: Any) -> Any:
 
 def _where(where: Any, x: Any) -> Any:
     """``x`` where it says so, else 0: ``jnp.where`` traces a call."""
-    shape = np.broadcast_shapes(where.shape, x.shape)
+    shape = lax.broadcast_shapes(where.shape, x.shape)
     where, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (where, x))
     return lax.select(where, x, lax.full_like(x, 0))
 

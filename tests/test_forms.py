@@ -174,6 +174,37 @@ def test_the_difference_of_two_images_does_not_cancel():
     np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        jax.nn.elu,
+        jnp.abs,
+        jnp.tanh,
+        lambda w: jnp.ldexp(w, 1),
+        lambda w: jnp.where(w > 0, w, 1 / w),
+    ],
+)
+def test_what_its_block_knows_of_a_value_is_not_lost(f):
+    # Of a choice between infinities there is no form: its value and ``w`` covary all the same.
+    def loss(w):
+        return jnp.tanh(A @ (f(w) - w)).sum()
+
+    _, received = hs.hesscale(loss)(x)
+    np.testing.assert_allclose(received, diagonal(loss, x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_images_in_half_precision(dtype):
+    def loss(w, b):
+        return jnp.mean((jnp.roll(jax.nn.softplus(w), 1) - b) ** 2)
+
+    _, received = hs.hesscale(loss, (0, 1))(x.astype(dtype), x.astype(dtype))
+    for of, i in zip(received, (0, 1), strict=True):
+        expected = jnp.diag(jax.hessian(loss, i)(x, x))
+        rtol = 16 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(of.astype(float), expected, rtol=0, atol=rtol)
+
+
 @pytest.mark.parametrize("other", ["frozen", "moving"])
 def test_it_does_not_depend_on_what_else_is_differentiated(other):
     params = {"down": B, "up": normal(12, 2, 4)}
