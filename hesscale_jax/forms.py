@@ -635,7 +635,10 @@ def _of_pair(
         for n, label in zip(x.shape, at, strict=True):
             if label < rank and label not in over:
                 sizes[label] = max(sizes[label], n)
-    return _product(operands, [i for i in range(rank) if i not in over], sizes)
+    y = _product(operands, [i for i in range(rank) if i not in over], sizes)
+    spanned = {i for x, at in operands for n, i in zip(x.shape, at, strict=True) if n != 1}
+    alike = math.prod(shape[i] for i in over if i not in spanned)  # entries of each sum
+    return _scaled(float(alike), y)
 
 
 def _one_hot(index: Factor, axis: int, count: int, size: int) -> Factor:

@@ -75,6 +75,7 @@ LINES = {
         (lambda x: (x @ A @ x) / (x @ x), x),
         (lambda w: jnp.trace(w @ w), W),
         (lambda w: jnp.sum((w @ w.T - jnp.eye(3)) ** 2), W),
+        (lambda x: jnp.sum((y := x[:, None] + jnp.cumsum(x)[None]) @ y.T), x),
         (lambda p: jnp.log1p(jnp.einsum("ni,ij,nj->n", p, A, p) ** 2).sum(), X),
         (lambda x: jnp.tanh(x) @ A @ jax.nn.gelu(x), x),
         (factorisation_machine, B),
@@ -174,16 +175,16 @@ def test_the_difference_of_two_images_does_not_cancel():
     np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "f",
-    [
-        jax.nn.elu,
-        jnp.abs,
-        jnp.tanh,
-        lambda w: jnp.ldexp(w, 1),
-        lambda w: jnp.where(w > 0, w, 1 / w),
-    ],
-)
+KINKED = {
+    "elu": jax.nn.elu,
+    "abs": jnp.abs,
+    "tanh": jnp.tanh,
+    "ldexp": lambda w: jnp.ldexp(w, 1),
+    "reciprocal": lambda w: jnp.where(w > 0, w, 1 / w),
+}
+
+
+@pytest.mark.parametrize("f", KINKED.values(), ids=KINKED)
 def test_what_its_block_knows_of_a_value_is_not_lost(f):
     # Of a choice between infinities there is no form: its value and ``w`` covary all the same.
     def loss(w):
