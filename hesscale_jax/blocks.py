@@ -523,6 +523,8 @@ class Through(NamedTuple):
       scanned: What is scanned over.
       depends: The operands that each of the carries depends on at any step.
       fed: The carries that depend on what is scanned over.
+      sums: Whether a step hands out what takes in a sum over entries of what it carries: they
+        have to be independent.
     """
 
     plan: Plan
@@ -534,6 +536,7 @@ class Through(NamedTuple):
     scanned: frozenset[Value]
     depends: dict[int, frozenset[Value]]
     fed: frozenset[int]
+    sums: bool
 
 
 def _through(
@@ -605,6 +608,7 @@ def _through(
             for i, found in reach.items()
         },
         fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),
+        sums=across and not summed.isdisjoint(wanted),
     )
 
 
@@ -805,6 +809,8 @@ class _Grouping:
         if not through.scanned.isdisjoint(made):
             raise DoesNotFit
         homes = {v: made[v] for v in through.operands if v in made}
+        if homes and through.sums:
+            raise DoesNotFit
         result = eqn.outputs[through.guide]
         spans, entries = row_major(result.sizes), size(result.sizes)
         alike = [v for v in homes if v.sizes == result.sizes and entries > 1]

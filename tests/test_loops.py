@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import oracle
 import pytest
 from cases import assert_close, normal
 from jax import lax
@@ -195,3 +196,15 @@ def test_it_takes_the_same_equations_for_any_length(name):
         return str(jax.make_jaxpr(hs.hesscale(loss))(PARAMS)).count(" = ")
 
     assert count(40) == count(20)
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_what_a_step_sums_and_hands_out_has_the_variance_that_the_contract_gives_it(length):
+    # The entries of what is carried share the scalar: within its block alone is that known.
+    def loss(scale, x):
+        def step(h, _):
+            return jnp.tanh(h), jnp.mean(h, 0)
+
+        return jnp.sum(lax.scan(step, scale * x, None, length=length)[1] ** 2)
+
+    oracle.check(loss, jnp.array(0.4), normal(0, 2, N))
