@@ -13,7 +13,7 @@ import itertools
 import math
 import operator
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +117,10 @@ class Constant:
     def shape(self) -> tuple[int, ...]:
         return np.shape(self.value)
 
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Region:
@@ -136,6 +140,7 @@ class Equation:
     outputs: tuple[Value, ...]
     sources: tuple[core.JaxprEqn, ...]  # where it comes from, then the calls around it
     region: Region | None = None  # the innermost around it
+    ruled: Container[Any] = ()  # what its programs take as it is
 
     @property
     def name(self) -> str:
@@ -199,10 +204,7 @@ def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
 
 def takes(eqn: Equation, operands: Sequence[Any]) -> bool:
     """Whether the equation can be applied to these, which are of other dtypes than its own."""
-    other = any(
-        x.dtype != v.value.dtype if isinstance(v, Constant) else x.dtype != v.dtype
-        for x, v in zip(operands, eqn.inputs, strict=True)
-    )
+    other = any(x.dtype != v.dtype for x, v in zip(operands, eqn.inputs, strict=True))
     return other and "call_jaxpr" not in eqn.params
 
 
@@ -421,7 +423,7 @@ def _last(frame: Any) -> str:
     return str(frame.function_name).rsplit(".", 1)[-1]
 
 
-def is_inexact(value: Value) -> bool:
+def is_inexact(value: Value | Constant) -> bool:
     """Whether derivatives can flow through a value of this dtype."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
@@ -434,16 +436,18 @@ def flatten(
     callers: tuple[core.JaxprEqn, ...] = (),
     effects: bool = True,
     apart: bool = True,
+    ruled: Container[Any] = (),
 ) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
     The ``callers`` are the equations that ``closed`` is a parameter of, the innermost first. An
     equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
     rule of its own that acts entry by entry stands there once for each result, if they are to be
-    taken ``apart``.
+    taken ``apart``; one that mixes entries stands there as its rule says, unless its label is among
+    the ``ruled``.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    builder = _Builder(inputs, apart)
+    builder = _Builder(inputs, apart, ruled)
     outputs = builder.inline(closed, inputs, callers)
     last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
@@ -455,8 +459,12 @@ def flatten(
 class _Builder:
     """Collects equations, one for each distinct computation."""
 
-    def __init__(self, inputs: Sequence[Value], apart: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[Value], apart: bool, ruled: Container[Any] = (), order: int = 2
+    ) -> None:
         self.equations: list[Equation] = []
+        self._ruled = ruled
+        self._order = order  # of the derivatives that are due
         self._inputs = frozenset(inputs)
         self._one_result = apart
         self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
@@ -505,6 +513,8 @@ class _Builder:
                 branch = _closed(eqn.params["branches"][int(self._number(which))])
                 within = (eqn, *callers), region
                 results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
+            elif _is_identity(eqn):
+                results = inputs[:1]
             elif stack := self._of_stack(eqn, inputs):
                 results = [self._stack(*stack, (eqn, *callers), region)]
             elif reduced := self._of_reduced_stack(eqn, inputs):
@@ -518,6 +528,11 @@ class _Builder:
             elif eqn.primitive.name == "reduce_prod" and self._has_few(eqn, inputs):
                 expanded = trace(_multiply(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
+            elif expansion := self._expansion(eqn, inputs):
+                closed, operands = expansion
+                order, self._order = self._order, 1
+                results = self.inline(closed, operands, (eqn, *callers), region, written=False)
+                self._order = order
             else:
                 params = eqn.params
                 inputs = tuple(map(joined, inputs, eqn.invars))
@@ -647,6 +662,40 @@ class _Builder:
 
         return trace(combined, *map(_aval, parts)), parts
 
+    def _expansion(self, eqn: Any, inputs: Sequence[Any]) -> Any:
+        """What computes a function with a ``jvp`` rule of its own that mixes entries, by its rule.
+
+        Returns:
+          A jaxpr and its operands, if all of it may belong to a block; else ``None``.
+        """
+        if eqn.primitive.name != "custom_jvp_call" or not self._one_result:
+            return None
+        values = [v for v in inputs if isinstance(v, Value)]
+        moving = [i for i, v in enumerate(inputs) if v in self._moving]
+        outputs = tuple(Value(v.aval) for v in eqn.outvars)
+        call = Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, (eqn,))
+        if not moving or not all(map(is_inexact, outputs)):
+            return None
+        if _is_own(call) or label(call) in self._ruled or call.entrywise:
+            return None
+        if any(is_complex(v.aval) for v in (*values, *outputs)):
+            return None
+        closed = trace(_expanded(call, moving, self._order), *(v.aval for v in values))
+        trial = _Builder(values, True, self._ruled, order=1)
+        trial._moving.intersection_update(inputs[i] for i in moving)
+        trial.inline(closed, values)
+        return (closed, values) if trial.all_in_blocks() else None
+
+    def all_in_blocks(self) -> bool:
+        """Whether all that moves may be computed in blocks."""
+        return all(
+            eqn.entrywise
+            if eqn.name == "custom_jvp_call"
+            else eqn.name in ENTRYWISE | {"reduce_max", "reduce_min", "reduce_sum"}
+            for eqn in self.equations
+            if not self._moving.isdisjoint(v for v in eqn.inputs if isinstance(v, Value))
+        )
+
     def _contracts_everything(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
 
@@ -682,7 +731,7 @@ class _Builder:
     ) -> tuple[Value, ...]:
         alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
         outputs = tuple(Value(v.aval) for v in eqn.outvars)
-        new = Equation(eqn.primitive, params, inputs, outputs, sources, region)
+        new = Equation(eqn.primitive, params, inputs, outputs, sources, region, self._ruled)
         if new.name == "transpose":
             self._transposed[outputs[0]] = new
         if not eqn.effects:
@@ -692,7 +741,8 @@ class _Builder:
             alike.append(new)
         self.equations.append(new)
         self._made.update(dict.fromkeys(outputs, new))
-        if not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value)):
+        moves = not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value))
+        if moves and new.name != "stop_gradient":
             self._moving.update(filter(is_inexact, outputs))
         return new.outputs
 
@@ -948,7 +998,7 @@ def body(jaxpr: Any, eqn: Equation) -> Body:
     """
     custom = eqn.name in CUSTOM
     apart = not (custom and _name(eqn).startswith(ONE_RESULT))
-    program = flatten(_closed(jaxpr), eqn.sources, effects=not custom, apart=apart)
+    program = flatten(_closed(jaxpr), eqn.sources, not custom, apart, eqn.ruled)
     return Body(program, range(len(program.inputs)))
 
 
@@ -1236,6 +1286,48 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 
     inexact = [k for k, v in enumerate(eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
     return lambda *operands: [single(k)(*operands) for k in inexact]
+
+
+def _is_identity(eqn: Any) -> bool:
+    """Whether an equation selects all entries of its operand, where they are."""
+    if eqn.primitive.name not in ("concatenate", "pad", "reshape", "slice", "split", "transpose"):
+        return False
+    x, y = eqn.invars[0].aval, eqn.outvars[0].aval
+    if x.shape != y.shape or len(eqn.outvars) > 1:
+        return False
+    match eqn.primitive.name:
+        case "pad":
+            return all(edge == (0, 0, 0) for edge in eqn.params["padding_config"])
+        case "slice":
+            return all(by == 1 for by in eqn.params["strides"] or ())
+        case "transpose":
+            return tuple(eqn.params["permutation"]) == tuple(range(len(x.shape)))
+        case _:
+            return len(eqn.invars) == 1
+
+
+def _expanded(eqn: Equation, moving: Sequence[int], order: int) -> Callable[..., list[Any]]:
+    """``f(x0) + f'(x0 + d/2) d`` for ``x0 + d`` at ``d = 0``: as ``f`` to second order.
+
+    To first order, ``f(x0) + f'(x0) d``. What is infinite does not vary.
+    """
+
+    def function(*xs: Any) -> list[Any]:
+        given = iter(xs)
+        operands = [x.value if isinstance(x, Constant) else next(given) for x in eqn.inputs]
+        start = [lax.stop_gradient(operands[i]) for i in moving]
+        steps = [_if_finite(operands[i] - x) for i, x in zip(moving, start, strict=True)]
+        middle = start if order == 1 else [x + d / 2 for x, d in zip(start, steps, strict=True)]
+        fun = along(eqn, operands, moving)
+        _, changes = jax.jvp(lambda *xs: listed(fun(*xs), eqn), middle, steps)
+        ys = listed(fun(*start), eqn)
+        return [y + _if_finite(dy) for y, dy in zip(ys, changes, strict=True)]
+
+    return function
+
+
+def _if_finite(x: Any) -> Any:
+    return lax.select(lax.is_finite(x), x, lax.full_like(x, 0))
 
 
 # A dot product row by row is a multiplication and a sum in disguise

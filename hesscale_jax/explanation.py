@@ -92,7 +92,7 @@ def explain(
     check_curvature(curvature)
 
     def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
-        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs, rules)
         names = dict(zip(program.inputs, _paths(fun, chosen), strict=True))
         return _explained(fun, program, names, rules, curvature)
 

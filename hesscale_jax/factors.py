@@ -58,7 +58,7 @@ def layouts(
     """
 
     def found(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        program, _, chosen = traced(fun, argnums, has_aux, args, kwargs, rules)
         structure = jax.tree.structure(list(chosen.values()))
         trees = jax.tree.unflatten(structure, _of_program(program, rules))
         return trees[0] if isinstance(argnums, int) else tuple(trees)

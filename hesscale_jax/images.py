@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Body, Constant, Equation, Value
+from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
 from hesscale_jax.blocks import Block, Plan
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
@@ -412,8 +412,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
 
 
 def _as(atom: Value | Constant, x: Any) -> Any:
-    dtype = atom.value.dtype if isinstance(atom, Constant) else atom.dtype
-    return lax.convert_element_type(x, dtype)
+    return lax.convert_element_type(x, atom.dtype)
 
 
 def _aligned(form: Form, shape: Sequence[int]) -> Form:
@@ -553,7 +552,7 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     batching = tuple(numbers.operand_batching_dims)
     dims = [*numbers.start_index_map, *batching]
-    if x is None or sorted(dims) != sorted((*numbers.collapsed_slice_dims, *batching)):
+    if x is None or any(sizes[i] != 1 for i in dims):
         return None
     rest = [i for i in range(len(x.shape)) if i not in dims]
     if not dims or any(sizes[i] != x.shape[i] for i in rest):
@@ -582,13 +581,31 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
 
     at = [column(k, dim) for k, dim in enumerate(numbers.start_index_map)]
     at += [along(i) for i in numbers.start_indices_batching_dims]
-    y = x.taken(dims, at)
+    dropped = (*numbers.collapsed_slice_dims, *batching)
+    kept = [n for i, n in enumerate(sizes) if i not in dropped]
+    y = x.taken(dims, at).reshaped((*lead, *kept))
     of_rest = iter(range(len(lead), len(y.shape)))
     of_lead = iter(range(len(lead)))
     order = [
         next(of_rest) if i in numbers.offset_dims else next(of_lead) for i in range(len(y.shape))
     ]
     return [y.transposed(order)]
+
+
+def _replace(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
+    """``x.at[indices].set(constants)``: zero where it is written to."""
+    finite = x is not None and all(t.finite for terms in x.of.values() for t in terms)
+    if x is None or not finite or any(form is not None for form in others):
+        return None
+    ones, *rest = (np.ones(v.shape, v.dtype) if is_inexact(v) else None for v in eqn.inputs)
+    indices = [of_atom(v) for v, number in zip(eqn.inputs[1:], rest, strict=True) if number is None]
+
+    def kept(*indices: Any) -> Any:
+        given = iter(indices)
+        others = [next(given) if n is None else jnp.zeros_like(n) for n in rest]
+        return _jaxpr.bind(eqn, ones, *others)
+
+    return [x.times(combined(kept, _shape(eqn), *indices))]
 
 
 def _tile(eqn: Equation, x: Form) -> list[Form]:
@@ -603,12 +620,14 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "concatenate": _concatenate,
     "cumsum": _cumsum,
     "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _replace,
     "expand_dims": _reshape,
     "gather": _gather,
     "pad": _pad,
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
     "rev": _rev,
+    "scatter": _replace,
     "slice": _slice,
     "split": _split,
     "squeeze": _reshape,

@@ -385,7 +385,7 @@ def check_rule(
 
     @jax.jit
     def received(args: Any) -> Any:
-        program = _jaxpr.flatten(_jaxpr.trace(fun, *args))
+        program = _jaxpr.flatten(_jaxpr.trace(fun, *args), ruled=rules)
         (value,), transpose = transposed(program, args, rules, "hessian", spreads=True)
         return value, *transpose(g, h)
 

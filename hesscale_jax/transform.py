@@ -133,7 +133,7 @@ def differentiated(
 
     @functools.wraps(fun)
     def differentiated_fun(*args: Any, **kwargs: Any) -> Any:
-        program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs)
+        program, loss, chosen = traced(fun, argnums, has_aux, args, kwargs, rules)
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
         structures, finish = structure(program, inputs, tree)
@@ -176,6 +176,7 @@ def traced(
     has_aux: bool,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    rules: Mapping[Any, Any],
 ) -> tuple[_jaxpr.Program, "_Loss", dict[int, Any]]:
     """A loss as a program of the leaves of the arguments to differentiate.
 
@@ -193,7 +194,7 @@ def traced(
         return fun(*replaced, **kwargs)
 
     loss = _Loss(flat_fun, has_aux)
-    return _jaxpr.flatten(_jaxpr.trace(loss, *leaves)), loss, chosen
+    return _jaxpr.flatten(_jaxpr.trace(loss, *leaves), ruled=rules), loss, chosen
 
 
 def of_shapes(analysed: Callable[[Sequence[Any], Mapping[str, Any]], Any]) -> Callable[..., Any]:
