@@ -667,6 +667,7 @@ class _Grouping:
         self._maker: dict[Value, Unit] = {}
         self._reducing: set[Value] = set()  # values that depend on a reduction in their block
         self._into: dict[Unit, Block] = {}  # absorbed blocks
+        self._seen: dict[Equation, tuple[Any, list[Value], int]] = {}  # rule, operands and level
         self._before: dict[Unit, set[Unit]] = {}  # what made the values that a unit reads
         self._levels: dict[Unit, tuple[int, int]] = {}  # the lowest and the highest of its values
         self._lowest = sys.maxsize  # the lowest level in a block that has several
@@ -706,20 +707,25 @@ class _Grouping:
 
     def _add(self, eqn: Equation, rule: Any, operands: list[Value], unit: Unit, level: int) -> None:
         """Take note of an equation in its unit."""
-        makers = {v: self._made_by(v) for v in operands}
-        before = {maker for maker in makers.values() if maker is not None} - {unit}
-        self._before.setdefault(unit, set()).update(before)
-        self._extend(unit, level, level)
+        self._seen[eqn] = rule, operands, level
         if isinstance(rule, Reduction | Scatter) or any(
-            v in self._reducing and makers[v] is unit for v in operands
+            v in self._reducing and self._made_by(v) is unit for v in operands
         ):
             self._reducing.update(eqn.outputs)
+        self._maker.update(dict.fromkeys(eqn.outputs, unit))
+        self._link(eqn, unit)
         for i, value in enumerate(eqn.outputs):
-            self._maker[value] = unit
             inside = isinstance(unit, Block) and not self._is_handed_out(eqn, i)
             self._level[value] = level + (isinstance(unit, Block) and not inside)
             if inside:
                 self._placed.add(value)
+
+    def _link(self, eqn: Equation, unit: Unit) -> None:
+        """Take note of what comes before an equation's unit."""
+        _, operands, level = self._seen[eqn]
+        before = {maker for v in operands if (maker := self._made_by(v)) is not None}
+        self._before.setdefault(unit, set()).update(before - {unit})
+        self._extend(unit, level, level)
 
     def _extend(self, unit: Unit, low: int, high: int) -> None:
         """Let a unit have values of these levels too."""
@@ -737,12 +743,65 @@ class _Grouping:
         bound = {v: b for v, b in made.items() if v in self._reducing and not b.leaves_clean(v)}
         choices = [here | bound, bound, here] if isinstance(rule, Pointwise) and bound else [here]
         for i, homes in enumerate(choices):
-            if homes not in choices[:i]:
-                try:
-                    return self._join(eqn, rule, operands, homes)
-                except DoesNotFit:
-                    continue
+            if homes in choices[:i]:
+                continue
+            try:
+                return self._join(eqn, rule, operands, homes)
+            except DoesNotFit:
+                if homes == bound and self._part_off(set(bound.values()), operands):
+                    return self._joined(eqn, rule, operands, level)
         return None
+
+    def _part_off(self, homes: set[Block], operands: list[Value]) -> bool:
+        """Make a block of its own of what comes before a block and others before that.
+
+        It has to be affine, so that its results are images of what it reads.
+
+        Returns:
+          Whether the operands can be read by the block now.
+        """
+        if len(homes) != 1:
+            return False
+        (home,) = homes
+        ahead = {unit for v in operands if (unit := self._made_by(v)) is not None} - homes
+        reached = set(ahead)
+        while ahead:
+            more = self._made_before(ahead.pop()) - homes - reached
+            ahead |= more
+            reached |= more
+        made: dict[Value, Equation] = {}
+        read: set[Value] = set()
+        for eqn, (_, values, _) in self._seen.items():
+            unit = self._made_by(eqn.outputs[0])
+            if unit is home:
+                made.update(dict.fromkeys(eqn.outputs, eqn))
+            elif unit in reached:
+                read.update(values)
+        parted = dict.fromkeys(v for v in made if v in read)
+        for value in list(parted):
+            for v in (waiting := [value]):
+                parted[v] = None
+                waiting += [x for x in self._seen[made[v]][1] if x in made and x not in waiting]
+        equations = [eqn for eqn in self._seen if not parted.keys().isdisjoint(eqn.outputs)]
+        if not equations or not all(self._is_affine(eqn) for eqn in equations):
+            return False
+        block = Block(home.entries)
+        members = {v for eqn in equations for v in (*eqn.outputs, *self._seen[eqn][1])}
+        block.place({v: home.spans[v] for v in members})
+        self._maker.update(dict.fromkeys(parted, block))
+        self._placed.difference_update(parted)
+        self._before, self._levels = {}, {}
+        for eqn in self._seen:
+            unit = self._made_by(eqn.outputs[0])
+            assert unit is not None
+            self._link(eqn, unit)
+        return True
+
+    def _is_affine(self, eqn: Equation) -> bool:
+        rule, operands, _ = self._seen[eqn]
+        positions = [i for i, v in enumerate(eqn.inputs) if v in operands]
+        affine = isinstance(rule, Pointwise) and rule.affine(positions)
+        return (affine or isinstance(rule, View)) and eqn not in self._loops
 
     def _join(
         self, eqn: Equation, rule: Any, operands: list[Value], homes: dict[Value, Block]

@@ -1076,8 +1076,58 @@ def check_reference(test: Case) -> None:
 
 def check_diagonal(test: Case, curvature: str = "hessian") -> list[Any]:
     """The gradient is right everywhere, the diagonal where it is exact."""
+    return check_in(test, range(len(test.args)), curvature)
+
+
+def check_some(test: Case) -> None:
+    """The same if some of the arguments are differentiated."""
+    rng = random.Random(len(test.fun.__doc__ or ""))
+    at = sorted(rng.sample(range(len(test.args)), rng.randint(1, len(test.args))))
+    given = test.args
+    kept = [i for i, k in enumerate(at) if k in test.exact]
+
+    def fun(*xs: Any) -> Any:
+        return test.fun(*(dict(enumerate(given)) | dict(zip(at, xs, strict=True))).values())
+
+    check_diagonal(Case(fun, [given[i] for i in at], kept))
+
+
+def check_respelled(test: Case) -> None:
+    """The same if identities are put in."""
+    check_diagonal(test._replace(fun=respelled(test.fun)))
+
+
+IDENTITIES: tuple[Callable[[Any], Any], ...] = (
+    lambda x: jax.lax.optimization_barrier(x),
+    lambda x: x.reshape(-1).reshape(x.shape),
+    lambda x: x.T.T,
+    lambda x: jnp.pad(x, 1)[tuple(slice(1, -1) for _ in x.shape)] if x.ndim else x,
+    lambda x: jnp.flip(jnp.flip(x)) if x.ndim else x,
+    lambda x: x[..., None][..., 0],
+    lambda x: jnp.concatenate([x, x])[: len(x)] if x.ndim else x,
+    lambda x: jax.checkpoint(lambda y: jnp.expand_dims(y, 0))(x)[0],
+)
+
+
+def respelled(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A program with identities between its lines."""
+    text = (fun.__doc__ or "").split("\n{")[0]
+    rng = random.Random(len(text))
+
+    def same(match: re.Match[str]) -> str:
+        line, indent, name = match.groups()
+        k = rng.randrange(2 * len(IDENTITIES))
+        return line + f"\n{indent}{name} = IDENTITIES[{k}]({name})" * (k < len(IDENTITIES))
+
+    text = re.sub(r"^(( *)(v\d+) = .*)$", same, text, flags=re.MULTILINE)
+    scope = {**fun.__globals__, "IDENTITIES": IDENTITIES}
+    exec(text, scope)
+    scope["f"].__doc__ = text
+    return scope["f"]
+
+
+def check_in(test: Case, everywhere: Sequence[int], curvature: str) -> list[Any]:
     fun, args, exact, _ = test
-    everywhere = range(len(args))
     grads, diagonals = oracle.computed(hs.hesscale(fun, everywhere, curvature=curvature), *args)
     expected, hessians = hessian_diagonals(fun, args, exact)
     if not (oracle.is_finite(expected) and oracle.is_finite(hessians)):
@@ -1204,6 +1254,10 @@ def check_convex(test: Case) -> None:
         assert np.min(h) >= -1e-12 * max(FLOOR, np.abs(h).max()), f"negative hess_diag {i}"
 
 
+# A diagonal does not depend on what else is differentiated, nor on how the program is written.
+EXACT = {"chain": chain, "last_layer": last_layer, "units": units}
+
+
 FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None]]] = {
     "anything": (anything, check_reference),
     "control": (control, check_reference),
@@ -1219,6 +1273,8 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None
     "units": (units, check_diagonal),
     "penalized": (penalized, check_diagonal),
     "convex": (convex, check_convex),
+    **{f"{name}, some": (draw, check_some) for name, draw in EXACT.items()},
+    **{f"{name}, respelled": (draw, check_respelled) for name, draw in EXACT.items()},
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -66,6 +67,22 @@ def checkpointed(w):
     return -jax.nn.log_sigmoid(a - b).mean()
 
 
+def sparsemax(p):
+    scores = X @ p.get("w", 0.3 * A[:, :3]) + p["b"] if "b" in p else p["scores"]
+    return optax.losses.multiclass_sparsemax_loss(scores, labels).mean()
+
+
+@jax.custom_jvp
+def softmax(z):
+    return jnp.exp(z) / jnp.exp(z).sum(-1, keepdims=True)
+
+
+@softmax.defjvp
+def softmax_jvp(primals, tangents):
+    y = softmax(*primals)
+    return y, y * (tangents[0] - (y * tangents[0]).sum(-1, keepdims=True))
+
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -118,6 +135,10 @@ LINES = {
     "Images, entry by entry, of what leaves a block": [
         (dice, normal(13, 5, 3)),
         (lambda w: (jnp.tanh(w) * jnp.flip(jnp.tanh(w))).sum(), x),
+    ],
+    "A function of `jax.custom_jvp` that mixes entries": [
+        (lambda z: jnp.vdot(softmax(z), z), x),
+        (lambda z: -jnp.log(softmax(jnp.stack([z, 2 * z])))[:, 1].sum(), x),
     ],
     "An axis of size 1": [
         (lambda w: ((jax.nn.softmax(w) @ B[:, :1] - 0.3) ** 2).sum(), x),
@@ -173,6 +194,34 @@ def test_the_difference_of_two_images_does_not_cancel():
     w = jnp.zeros(6, jnp.float32)
     _, received = hs.hesscale(lambda w: -jax.nn.log_sigmoid(a @ w - b @ w).sum())(w)
     np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("of", ["scores", "bias", "layer"])
+def test_sparsemax(of, curvature):
+    # What reads the scores again, by their label, comes between the two factors of a product.
+    params = {
+        "scores": {"scores": 0.3 * normal(22, 5, 3)},
+        "bias": {"b": jnp.zeros((1, 3))},
+        "layer": {"w": 0.3 * normal(22, 4, 3), "b": jnp.zeros((1, 3))},
+    }[of]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        grad, received = jax.jit(hs.hesscale(sparsemax, curvature=curvature))(params)
+        expected = diagonal(sparsemax, params)
+        of_jax = jax.grad(sparsemax)(params)
+    np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=1e-9)
+    np.testing.assert_allclose(ravel_pytree(grad)[0], ravel_pytree(of_jax)[0], rtol=1e-12)
+
+
+def test_what_is_infinite_does_not_vary():
+    def loss(z):
+        masked = jnp.where(jnp.arange(4) < 3, z, -jnp.inf)
+        return -jnp.log(softmax(masked)[:3]) @ A[0, :3]
+
+    value, (grad, received) = hs.value_and_hesscale(loss)(x)
+    np.testing.assert_allclose(value, loss(x))
+    np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-12)
+    np.testing.assert_allclose(received, diagonal(loss, x), rtol=1e-9, atol=1e-12)
 
 
 KINKED = {
