@@ -68,6 +68,15 @@ REDUCES: dict[str, tuple[Any, Any]] = {
     "reduce_sum": (lax.add, lax.reduce_sum),
 }
 
+# What selects all of its operand's entries if the shapes are the same.
+SELECTS_ALL = frozenset({"concatenate", "dynamic_slice", "pad", "reshape", "slice", "split"})
+SELECTS_ALL |= {"transpose"}
+
+VIEWS = frozenset({"reshape", "squeeze"})
+
+# What may put entries back to where they were.
+UNDOES = VIEWS | {"concatenate", "gather", "rev", "slice", "stack", "transpose"}
+
 # The name of a function that has one of another's results begins so, as no name in Python can.
 ONE_RESULT = "result."
 
@@ -515,6 +524,11 @@ class _Builder:
                 results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
             elif _is_identity(eqn):
                 results = inputs[:1]
+            elif (undone := self._undone(eqn, inputs)) is not None:
+                results = [undone]
+            elif rewritten := _rewritten(eqn):
+                closed = trace(rewritten, *(v.aval for v in eqn.invars))
+                results = self.inline(closed, inputs, (eqn, *callers), region, written=False)
             elif stack := self._of_stack(eqn, inputs):
                 results = [self._stack(*stack, (eqn, *callers), region)]
             elif reduced := self._of_reduced_stack(eqn, inputs):
@@ -545,6 +559,8 @@ class _Builder:
                     alone = trace(_one_by_one(eqn), *(v.aval for v in eqn.invars))
                     each = iter(self.inline(alone, inputs, callers, region))
                     results = tuple(next(each) if is_inexact(v) else v for v in results)
+            if eqn.primitive.name == "stack":
+                self._stacks[results[0]] = eqn.params["axis"], list(inputs)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -661,6 +677,80 @@ class _Builder:
             return reduce(result, others) if others else result
 
         return trace(combined, *map(_aval, parts)), parts
+
+    def _undone(self, eqn: Any, inputs: Sequence[Any]) -> Any:
+        """The value whose entries an equation puts back, if it undoes what moved them."""
+        if eqn.primitive.name not in UNDOES:
+            return None
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        if name in ("gather", "rev"):
+            axis, source, positions = self._taken(eqn, inputs)
+            if source is not None and source.shape == shape:
+                return source if (positions == np.arange(shape[axis])).all() else None
+        if name == "concatenate" and (whole := [x for x in inputs if x.shape == shape]):
+            return whole[0]  # beside what is empty
+        made: list[Any] = [self._made.get(x) if isinstance(x, Value) else None for x in inputs]
+        if not made or any(x is None for x in made):
+            return None
+        first, *others = made
+        match name:
+            case "reshape" | "squeeze" if first.name in VIEWS:
+                return first.inputs[0] if first.inputs[0].shape == shape else None
+            case "rev" if first.name == "rev":
+                back = set(eqn.params["dimensions"]) == set(first.params["dimensions"])
+                return first.inputs[0] if back else None
+            case "transpose" if first.name == "transpose":
+                there, here = first.params["permutation"], eqn.params["permutation"]
+                back = all(there[axis] == i for i, axis in enumerate(here))
+                return first.inputs[0] if back else None
+            case "slice":
+                return _placed(first).get(_slices(eqn))
+            case "stack":
+                slices = [self._made.get(x.inputs[0]) for x in made if x.name in VIEWS]
+                if len(slices) < len(made) or any(x is None or x.name != "slice" for x in slices):
+                    return None
+                return _joined_again(slices, eqn.params["axis"], shape)
+            case "concatenate" if first.name == "split":
+                back = all(x is first for x in others) and inputs == first.outputs
+                back = back and eqn.params["dimension"] == first.params["axis"]
+                return first.inputs[0] if back else None
+            case "concatenate" if all(x.name == "slice" for x in made):
+                return _joined_again(made, eqn.params["dimension"], shape)
+        return None
+
+    def _taken(self, eqn: Any, inputs: Sequence[Any]) -> tuple[int, Any, np.ndarray]:
+        """The axis, the value and the positions that entries are taken from, if they are known.
+
+        Where they are taken from what was taken itself, those of that. No value if there is none.
+        """
+        x, nothing = inputs[0], (0, None, np.zeros(0))
+        if eqn.primitive.name == "rev":
+            axis, *more = eqn.params["dimensions"]
+            if more or not isinstance(x.shape[axis], int):
+                return nothing
+            return self._before_that(x, axis, np.arange(x.shape[axis])[::-1])
+        numbers, found = eqn.params["dimension_numbers"], self._number(inputs[1])
+        if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+            return nothing
+        (axis,), rank = numbers.collapsed_slice_dims, len(x.shape)
+        rest = tuple(i for i in range(rank) if i != axis)
+        along = all(eqn.params["slice_sizes"][i] == x.shape[i] for i in rest)
+        if numbers.start_index_map != (axis,) or numbers.offset_dims != rest or not along:
+            return nothing
+        if found is None or np.ndim(found) != 2:
+            return nothing
+        positions = np.asarray(found)[:, 0]
+        if not ((positions >= 0) & (positions < x.shape[axis])).all():
+            return nothing
+        return self._before_that(x, axis, positions)
+
+    def _before_that(self, x: Any, axis: int, positions: np.ndarray) -> tuple[int, Any, np.ndarray]:
+        before = self._made.get(x) if isinstance(x, Value) else None
+        if before is not None and before.name in ("gather", "rev"):
+            first, source, at = self._taken(before, before.inputs)
+            if source is not None and first == axis:
+                return axis, source, at[positions]
+        return axis, x, positions
 
     def _expansion(self, eqn: Any, inputs: Sequence[Any]) -> Any:
         """What computes a function with a ``jvp`` rule of its own that mixes entries, by its rule.
@@ -1290,10 +1380,10 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 
 def _is_identity(eqn: Any) -> bool:
     """Whether an equation selects all entries of its operand, where they are."""
-    if eqn.primitive.name not in ("concatenate", "pad", "reshape", "slice", "split", "transpose"):
+    if eqn.primitive.name not in SELECTS_ALL:
         return False
-    x, y = eqn.invars[0].aval, eqn.outvars[0].aval
-    if x.shape != y.shape or len(eqn.outvars) > 1:
+    x, *_ = (v.aval for v in eqn.invars)
+    if len(eqn.outvars) > 1 or x.shape != eqn.outvars[0].aval.shape:
         return False
     match eqn.primitive.name:
         case "pad":
@@ -1302,8 +1392,81 @@ def _is_identity(eqn: Any) -> bool:
             return all(by == 1 for by in eqn.params["strides"] or ())
         case "transpose":
             return tuple(eqn.params["permutation"]) == tuple(range(len(x.shape)))
-        case _:
+        case "concatenate":
             return len(eqn.invars) == 1
+        case _:
+            return True
+
+
+Slices = tuple[tuple[int, int], ...]  # where each axis starts and ends
+
+
+def _slices(eqn: Any) -> Slices | None:
+    params = eqn.params
+    if any(by != 1 for by in params["strides"] or ()):
+        return None
+    return tuple(zip(params["start_indices"], params["limit_indices"], strict=True))
+
+
+def _placed(eqn: Equation) -> dict[Slices | None, Any]:
+    """The operands that lie in an equation's result as they are, by where."""
+    (shape, *_), result = [x.shape for x in eqn.inputs] or [()], eqn.outputs[0].shape
+    match eqn.name:
+        case "concatenate":
+            laid = _laid(result, [x.shape for x in eqn.inputs], eqn.params["dimension"])
+            return dict(zip(laid, eqn.inputs, strict=True))
+        case "pad":
+            edges = eqn.params["padding_config"]
+            if any(low < 0 or high < 0 or between for low, high, between in edges):
+                return {}
+            at = tuple((low, low + n) for (low, _, _), n in zip(edges, shape, strict=True))
+            return {at: eqn.inputs[0]}
+        case "tile" if math.prod(eqn.params["reps"]) <= FEW:
+            copies = itertools.product(*map(range, eqn.params["reps"]))
+            spans = (
+                tuple((k * n, (k + 1) * n) for k, n in zip(copy, shape, strict=True))
+                for copy in copies
+            )
+            return dict.fromkeys(spans, eqn.inputs[0])
+        case _:
+            return {}
+
+
+def _joined_again(slices: list[Any], axis: int, shape: Sequence[int]) -> Any:
+    """The value that slices along an axis follow one another of, if they are all of it."""
+    source = slices[0].inputs[0]
+    if any(x.inputs[0] is not source for x in slices) or source.shape != tuple(shape):
+        return None
+    laid = _laid(source.shape, [x.outputs[0].shape for x in slices], axis)
+    return source if list(map(_slices, slices)) == laid else None
+
+
+def _laid(shape: Sequence[int], parts: Sequence[Sequence[int]], axis: int) -> list[Slices]:
+    """Where parts lie that follow one another along an axis."""
+    ends = list(itertools.accumulate((part[axis] for part in parts), initial=0))
+    return [
+        tuple((ends[k], ends[k + 1]) if i == axis else (0, n) for i, n in enumerate(shape))
+        for k in range(len(parts))
+    ]
+
+
+def _rewritten(eqn: Any) -> Callable[..., Any] | None:
+    """An equation that renames positions alone, as views, each of one operand."""
+    if eqn.primitive.name == "stack" and len(eqn.invars) == 1:
+        return lambda x: lax.reshape(x, eqn.outvars[0].aval.shape)
+    if eqn.primitive.name == "transpose":
+        shape = eqn.invars[0].aval.shape
+        long = [i for i in eqn.params["permutation"] if shape[i] != 1]
+        views = long == sorted(long)
+        return (lambda x: lax.reshape(x, eqn.outvars[0].aval.shape)) if views else None
+    if eqn.primitive.name not in ("device_put", "optimization_barrier") or len(eqn.invars) == 1:
+        return None
+    lists = {k: v for k, v in eqn.params.items() if isinstance(v, list | tuple)}
+    each = [{k: type(v)([v[i]]) for k, v in lists.items()} for i in range(len(eqn.invars))]
+    bind = eqn.primitive.bind
+    return lambda *xs: [
+        bind(x, **{**eqn.params, **own})[0] for x, own in zip(xs, each, strict=True)
+    ]
 
 
 def _expanded(eqn: Equation, moving: Sequence[int], order: int) -> Callable[..., list[Any]]:

@@ -168,9 +168,8 @@ class _Written:
         wrapped = False
         while ids in self._made:
             eqn = self._made[ids]
-            before = eqn.inputs[0]
-            if eqn.name in SAME_IDS and self._is_same(before, ids):
-                ids = before
+            if eqn.name in SAME_IDS and self._is_same(eqn.inputs[0], ids):
+                ids = eqn.inputs[0]
             elif not wrapped and (before := self._wrapped(eqn, count)) is not None:
                 ids, wrapped = before, True
             else:

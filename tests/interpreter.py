@@ -479,6 +479,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "complex": lambda x, y: x + 1j * y if x.dtype == float else NotImplemented,
     "conj": np.conj,
     "copy": np.asarray,
+    "device_put": lambda x, **_: np.asarray(x),
     "copy_p": np.asarray,
     "cos": np.cos,
     "div": lambda x, y: x / y if jnp.issubdtype(x.dtype, jnp.inexact) else NotImplemented,
@@ -506,6 +507,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.invert,
+    "optimization_barrier": lambda *xs: list(xs),
     "or": np.bitwise_or,
     "pow": lambda x, y: np.power(x, y).astype(x.dtype),
     "real": np.real,
@@ -601,7 +603,7 @@ def longer_slice(params: Params, of_x: int, of_y: int, count: int) -> Params:
 # ``count``, where the operand and the result had ranks ``of_x`` and ``of_y``.
 SAME = ("add", "add_any", "complex", "concatenate", "conj", "convert_element_type", "copy")
 SAME += ("copy_p", "cumsum", "imag", "name", "neg", "real", "reduce_sum", "rev", "split")
-SAME += ("squeeze", "stack", "sub", "unstack")
+SAME += ("device_put", "optimization_barrier", "squeeze", "stack", "sub", "unstack")
 LINEAR: dict[str, Callable[[Params, int, int, int], Params]] = {
     **dict.fromkeys(SAME, lambda params, of_x, of_y, count: params),
     "broadcast_in_dim": lambda params, of_x, of_y, count: {

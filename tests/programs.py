@@ -1106,6 +1106,15 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
     lambda x: x[..., None][..., 0],
     lambda x: jnp.concatenate([x, x])[: len(x)] if x.ndim else x,
     lambda x: jax.checkpoint(lambda y: jnp.expand_dims(y, 0))(x)[0],
+    lambda x: jnp.roll(jnp.roll(x, 1), -1) if x.size > 1 else x,
+    lambda x: jnp.concatenate([x[:1], x[1:]]) if x.ndim else x,
+    lambda x: jnp.stack(list(x)) if x.ndim and len(x) else x,
+    lambda x: jnp.tile(x[None], (2,) + (1,) * x.ndim)[0],
+    lambda x: x[np.arange(len(x))[::-1]][::-1] if x.ndim else x,
+    lambda x: x[np.roll(np.arange(len(x)), 1)][np.roll(np.arange(len(x)), -1)] if x.ndim else x,
+    lambda x: jax.device_put(checkpoint_name(x, "x")),
+    lambda x: jax.lax.scan(lambda c, _: (c, None), x, None, length=3)[0],
+    lambda x: jnp.swapaxes(x[None], 0, -1).reshape(x.shape) if x.ndim == 1 else x,
 )
 
 

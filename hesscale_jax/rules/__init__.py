@@ -114,6 +114,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "call_hi_primitive": high,
         # Selections: views and reductions may stand in a block
         **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze"), view),
+        **dict.fromkeys(("device_put", "optimization_barrier"), view),
         "reduce_sum": summation,
         **dict.fromkeys(("reduce_max", "reduce_min"), extremum),
         "stack": join,
@@ -125,12 +126,12 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "scatter-add": scatter_add,
         "scatter-sub": scatter_sub,
         **dict.fromkeys(("scatter-max", "scatter-min"), scatter_extremum),
-        **dict.fromkeys(("rev", "transpose", "cumsum", "optimization_barrier"), selection),
+        **dict.fromkeys(("rev", "transpose", "cumsum"), selection),
         **dict.fromkeys(("cummax", "cummin"), cumulative_extremum),
         **dict.fromkeys(("approx_top_k", "sort", "top_k"), selection),
         **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), selection),
         **dict.fromkeys(("select_and_gather_add", "select_and_scatter_add"), selection),
-        **dict.fromkeys(("device_put", "layout_constraint", "reshard"), selection),
+        **dict.fromkeys(("layout_constraint", "reshard"), selection),
         "xla_metadata_value": selection,
         # Products
         **dict.fromkeys(("dot_general", "conv_general_dilated"), multilinear),
