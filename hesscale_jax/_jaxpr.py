@@ -559,7 +559,7 @@ class _Builder:
                     alone = trace(_one_by_one(eqn), *(v.aval for v in eqn.invars))
                     each = iter(self.inline(alone, inputs, callers, region))
                     results = tuple(next(each) if is_inexact(v) else v for v in results)
-            if eqn.primitive.name == "stack":
+            if eqn.primitive.name == "stack" and _are_plain((*results, *inputs)):
                 self._stacks[results[0]] = eqn.params["axis"], list(inputs)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -680,7 +680,7 @@ class _Builder:
 
     def _undone(self, eqn: Any, inputs: Sequence[Any]) -> Any:
         """The value whose entries an equation puts back, if it undoes what moved them."""
-        if eqn.primitive.name not in UNDOES:
+        if eqn.primitive.name not in UNDOES or not _are_plain(inputs):
             return None
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
         if name in ("gather", "rev"):
@@ -1376,6 +1376,11 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 
     inexact = [k for k, v in enumerate(eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
     return lambda *operands: [single(k)(*operands) for k in inexact]
+
+
+def _are_plain(atoms: Sequence[Any]) -> bool:
+    """Whether none of them is complex in parts."""
+    return all(isinstance(x, Value | Constant) for x in atoms)
 
 
 def _is_identity(eqn: Any) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -194,6 +195,21 @@ def test_the_difference_of_two_images_does_not_cancel():
     w = jnp.zeros(6, jnp.float32)
     _, received = hs.hesscale(lambda w: -jax.nn.log_sigmoid(a @ w - b @ w).sum())(w)
     np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", range(len(programs.IDENTITIES)))
+def test_identities_make_no_difference(k):
+    same = programs.IDENTITIES[k]
+
+    def loss(v):
+        z = same(A @ v)
+        y = same(jnp.tanh(z))
+        return jnp.sum(same(same(y * z) / (1 + y**2)))
+
+    with jax.numpy_dtype_promotion("standard"):
+        _, received = hs.hesscale(loss)(x)
+        expected = diagonal(loss, x)
+    np.testing.assert_allclose(received, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])

@@ -35,6 +35,12 @@ EXAMPLES = {
     "units": 7,
     "penalized": 8,
     "convex": 10,
+    "chain, some": 4,
+    "last_layer, some": 8,
+    "units, some": 4,
+    "chain, respelled": 6,
+    "last_layer, respelled": 12,
+    "units, respelled": 6,
 }
 
 
