@@ -641,7 +641,7 @@ def linear(eqn: Any, operands: list[Series], ys: list[Array]) -> list[Series]:
 
 # First and second derivatives, of ``x`` and ``y = f(x)``.
 UNARY: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "abs": lambda x, y: (np.sign(x), None),
+    "abs": lambda x, y: (np.where(x < 0, -1.0, 1.0), None),
     "atan": lambda x, y: (1 / (1 + x * x), -2 * x / (1 + x * x) ** 2),
     "cos": lambda x, y: (-np.sin(x), -y),
     "erf": lambda x, y: (c := 2 / math.sqrt(math.pi) * np.exp(-x * x), -2 * x * c),
