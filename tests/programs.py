@@ -99,7 +99,34 @@ BINARY = (
 )
 SMOOTH_BINARY = tuple(x for x in BINARY if "max" not in x and "where" not in x)
 REDUCTIONS = ("jnp.sum", "jnp.mean", "jnp.max", "jnp.min", "jax.nn.logsumexp", "jnp.var")
+
+
+@jax.custom_jvp
+def on_simplex(z: Any) -> Any:
+    """The nearest point of the simplex, of each row."""
+    u = -jnp.sort(-z, -1)
+    count = 1.0 + jnp.arange(z.shape[-1], dtype=z.dtype)[None]
+    excess = (jnp.cumsum(u, -1) - 1) / count
+    last = jnp.sum(u > excess, -1, keepdims=True) - 1
+    return jax.nn.relu(z - jnp.take_along_axis(excess, last, -1))
+
+
+@on_simplex.defjvp
+def on_simplex_jvp(primals: Any, tangents: Any) -> Any:
+    y = on_simplex(*primals)
+    inside = (y > 0).astype(y.dtype)
+    mean = jnp.sum(inside * tangents[0], -1, keepdims=True) / jnp.sum(inside, -1, keepdims=True)
+    return y, inside * (tangents[0] - mean)
+
+
+def sparsemax(z: Any, t: Any) -> Any:
+    p, label = on_simplex(z), jnp.argmax(t, -1, keepdims=True)
+    scores = z - jnp.take_along_axis(z, label, -1)
+    return jnp.mean(jnp.sum(p * scores, -1) - 0.5 * jnp.sum(p * p, -1))
+
+
 HEADS = {
+    "sparsemax": sparsemax,
     "cross_entropy": lambda z, t: optax.softmax_cross_entropy_with_integer_labels(
         z, jnp.arange(z.shape[0]) % z.shape[1]
     ).mean(),
