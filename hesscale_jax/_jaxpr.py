@@ -615,8 +615,10 @@ class _Builder:
     def _number(self, atom: Any) -> Any:
         """What is computed of numbers alone; ``None`` if it is not, or is large."""
         if isinstance(atom, Constant):
-            known = size(atom.shape) <= SHORT and not isinstance(atom.value, jax.core.Tracer)
-            return atom.value if known and not isinstance(atom.value, jax.Ref) else None
+            count = size(atom.shape)
+            if not isinstance(count, int) or count > SHORT:
+                return None
+            return None if isinstance(atom.value, jax.core.Tracer | jax.Ref) else atom.value
         if atom not in self._known:
             self._known[atom] = self._computed(atom)
         return self._known[atom]
@@ -737,7 +739,7 @@ class _Builder:
         along = all(eqn.params["slice_sizes"][i] == x.shape[i] for i in rest)
         if numbers.start_index_map != (axis,) or numbers.offset_dims != rest or not along:
             return nothing
-        if found is None or np.ndim(found) != 2:
+        if found is None or np.ndim(found) != 2 or not isinstance(x.shape[axis], int):
             return nothing
         positions = np.asarray(found)[:, 0]
         if not ((positions >= 0) & (positions < x.shape[axis])).all():
