@@ -411,3 +411,36 @@ def test_a_backward_pass_that_calls_the_function_itself():
     solution = np.exp(-w.sum())
     # d2(y^2)/dy2 (dy/dw)^2; the solver's tolerance is 1.4e-8.
     np.testing.assert_allclose(hess_diag, 2 * solution**2 * np.ones(2), rtol=1e-5)
+
+
+@jax.custom_jvp
+def share(z):
+    return jnp.exp(z) / jnp.exp(z).sum()
+
+
+@share.defjvp
+def share_jvp(primals, tangents):
+    y = share(*primals)
+    return y, y * (tangents[0] - y @ tangents[0])
+
+
+def test_a_rule_of_the_users_comes_before_that_of_a_function_that_mixes_entries():
+    z = normal(4)
+    called = []
+
+    def rule(eqn, operands, recurse):
+        called.append(eqn.name)
+        return hs.RULES["custom_jvp_call"].choose(eqn, lambda _: None)(eqn, operands, recurse)
+
+    def loss(z):
+        return share(z) @ z
+
+    def in_a_loop(z):
+        return lax.scan(lambda c, _: (c + loss(z), None), 0.0, None, length=600)[0] / 600
+
+    _, exact = hs.hesscale(loss)(z)
+    assert_close(exact, jnp.diag(jax.hessian(loss)(z)))
+    for fun in (loss, in_a_loop):
+        hs.hesscale(fun, rules=hs.RULES | {"custom_jvp_call[share]": rule})(z)
+        assert called
+        called.clear()
