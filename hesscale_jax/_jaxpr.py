@@ -707,6 +707,10 @@ class _Builder:
                 return first.inputs[0] if back else None
             case "slice":
                 return _placed(first).get(_slices(eqn))
+            case "stack" if first.name == "unstack":
+                back = all(x is first for x in others) and inputs == first.outputs
+                back = back and eqn.params["axis"] == first.params["axis"]
+                return first.inputs[0] if back else None
             case "stack":
                 slices = [self._made.get(x.inputs[0]) for x in made if x.name in VIEWS]
                 if len(slices) < len(made) or any(x is None or x.name != "slice" for x in slices):

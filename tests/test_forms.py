@@ -212,6 +212,30 @@ def test_identities_make_no_difference(k):
     np.testing.assert_allclose(received, expected, rtol=1e-9, atol=1e-12)
 
 
+ELSEWHERE = {
+    "transposed": lambda w: jnp.stack(list(w), 1),
+    "transposed by parts": lambda w: jnp.concatenate([w[:1].T, w[1:2].T, w[2:].T], 1),
+    "another order": lambda w: jnp.concatenate([w[1:], w[:1]]),
+    "the second of two": lambda w: jnp.concatenate([w, 2 * w])[3:],
+    "the first of two tiles": lambda w: jnp.tile(w, (2, 1))[1:4],
+    "less than was padded": lambda w: jnp.pad(w, 1)[:3, :3],
+    "reversed along one": lambda w: jnp.flip(jnp.flip(w), 0),
+    "a permutation twice": lambda w: w[np.array([1, 2, 0])][np.array([1, 2, 0])],
+    "pieces of others": lambda w: jnp.concatenate([w[:1], (2 * w)[1:2], w[2:]]),
+}
+
+
+@pytest.mark.parametrize("move", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_what_moves_entries_is_no_identity(move):
+    def loss(w):
+        return jnp.sum(jnp.sin(A[:3, :3] * move(w)))
+
+    value, (grad, received) = hs.value_and_hesscale(loss)(W)
+    np.testing.assert_allclose(value, loss(W), rtol=1e-12)
+    np.testing.assert_allclose(grad, jax.grad(loss)(W), rtol=1e-12)
+    np.testing.assert_allclose(received.ravel(), diagonal(loss, W), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("of", ["scores", "bias", "layer"])
 def test_sparsemax(of, curvature):
