@@ -60,8 +60,8 @@ class Part:
         return self.form.shape
 
 
-# A function of more terms than these is a source by itself.
-MOST_TERMS = 8
+# A value of more terms of a source than these, or of more sources, is a source by itself.
+MOST_TERMS, MOST_SOURCES = 8, 16
 
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
@@ -247,6 +247,7 @@ class Images:
             forms = None
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
+            few = few and len(form.of) <= MOST_SOURCES
             if self._apart.isdisjoint(form.of) and form.of and few and self._is_whole(eqn, form):
                 self._forms[value] = form
         if eqn in self._steps.blocks:
