@@ -554,13 +554,13 @@ class _Builder:
                     params, inputs = self._without_transposes(params, inputs)
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
+                if eqn.primitive.name == "stack" and _are_plain(inputs):
+                    self._stacks[results[0]] = params["axis"], list(inputs)
                 several = self._one_result and len(results) > 1
                 if several and acts_entrywise(self._made[results[0]]):
                     alone = trace(_one_by_one(eqn), *(v.aval for v in eqn.invars))
                     each = iter(self.inline(alone, inputs, callers, region))
                     results = tuple(next(each) if is_inexact(v) else v for v in results)
-            if eqn.primitive.name == "stack" and _are_plain((*results, *inputs)):
-                self._stacks[results[0]] = eqn.params["axis"], list(inputs)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 

@@ -1136,6 +1136,7 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
     lambda x: jnp.roll(jnp.roll(x, 1), -1) if x.size > 1 else x,
     lambda x: jnp.concatenate([x[:1], x[1:]]) if x.ndim else x,
     lambda x: jnp.stack(list(x)) if x.ndim and len(x) else x,
+    lambda x: jnp.concatenate([jnp.stack(list(x))[:1], x[1:]]) if x.ndim and len(x) else x,
     lambda x: jnp.tile(x[None], (2,) + (1,) * x.ndim)[0],
     lambda x: x[np.arange(len(x))[::-1]][::-1] if x.ndim else x,
     lambda x: x[np.roll(np.arange(len(x)), 1)][np.roll(np.arange(len(x)), -1)] if x.ndim else x,
