@@ -522,10 +522,10 @@ class _Builder:
                 branch = _closed(eqn.params["branches"][int(self._number(which))])
                 within = (eqn, *callers), region
                 results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
-            elif _is_identity(eqn):
+            elif _is_identity(eqn) and _sharded_alike(inputs[0], eqn.outvars[0]):
                 results = inputs[:1]
-            elif (undone := self._undone(eqn, inputs)) is not None:
-                results = [undone]
+            elif (source := self._undone(eqn, inputs)) and _sharded_alike(source, eqn.outvars[0]):
+                results = [source]
             elif rewritten := _rewritten(eqn):
                 closed = trace(rewritten, *(v.aval for v in eqn.invars))
                 results = self.inline(closed, inputs, (eqn, *callers), region, written=False)
@@ -734,7 +734,7 @@ class _Builder:
             axis, *more = eqn.params["dimensions"]
             if more or not isinstance(x.shape[axis], int):
                 return nothing
-            return self._before_that(x, axis, np.arange(x.shape[axis])[::-1])
+            return self._composed(x, axis, np.arange(x.shape[axis])[::-1])
         numbers, found = eqn.params["dimension_numbers"], self._number(inputs[1])
         if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
             return nothing
@@ -748,9 +748,10 @@ class _Builder:
         positions = np.asarray(found)[:, 0]
         if not ((positions >= 0) & (positions < x.shape[axis])).all():
             return nothing
-        return self._before_that(x, axis, positions)
+        return self._composed(x, axis, positions)
 
-    def _before_that(self, x: Any, axis: int, positions: np.ndarray) -> tuple[int, Any, np.ndarray]:
+    def _composed(self, x: Any, axis: int, positions: np.ndarray) -> tuple[int, Any, np.ndarray]:
+        """Positions of ``x`` along an axis as those of what ``x`` was taken from itself."""
         before = self._made.get(x) if isinstance(x, Value) else None
         if before is not None and before.name in ("gather", "rev"):
             first, source, at = self._taken(before, before.inputs)
@@ -1387,6 +1388,11 @@ def _one_by_one(eqn: Any) -> Callable[..., list[Any]]:
 def _are_plain(atoms: Sequence[Any]) -> bool:
     """Whether none of them is complex in parts."""
     return all(isinstance(x, Value | Constant) for x in atoms)
+
+
+def _sharded_alike(x: Any, var: Any) -> bool:
+    """Whether a value has the sharding that its type says, as under ``AxisType.Explicit``."""
+    return not isinstance(x, Value) or x.aval.sharding == var.aval.sharding
 
 
 def _is_identity(eqn: Any) -> bool:

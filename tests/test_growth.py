@@ -13,7 +13,10 @@ from cases import normal
 from jax import nn
 
 import hesscale_jax as hs
-from hesscale_jax.blocks import WHOLE
+from hesscale_jax import _jaxpr
+from hesscale_jax.blocks import WHOLE, plan
+from hesscale_jax.images import MOST_SOURCES, Images
+from hesscale_jax.rules.table import find
 
 # One step of a state x, y, and p, which is read at every step
 
@@ -154,3 +157,17 @@ def test_a_block_may_be_deeper_than_python_s_stack():
 
     x = normal(2, 3)
     assert size(hs.hesscale(loss), x) < 6 * size(jax.grad(loss), x)
+
+
+def test_a_residual_stream_is_no_sum_of_all_before_it():
+    def loss(weights):
+        x = jnp.ones((2, 3))
+        for w in weights:
+            x = x + x @ w
+        return jnp.sum(x)
+
+    program = _jaxpr.flatten(_jaxpr.trace(loss, [jnp.eye(3)] * 40))
+    steps = plan(program, program.inputs, program.outputs, lambda eqn: find(hs.RULES, eqn))
+    images = Images(steps, program.inputs, program.outputs)
+    forms = [images.of(v) for eqn in steps.rules for v in eqn.outputs]
+    assert max(len(form.of) for form in forms) <= MOST_SOURCES
