@@ -112,11 +112,17 @@ class ResidualBlock(nnx.Module):
             self.shortcut = nnx.List([conv(m, n, (1, 1), strides=stride), norm(n, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        for layer in self.shortcut:
-            x = layer(x)
+        y = jax.nn.relu(normalised(self.norm1, self.conv1(x)))
+        y = normalised(self.norm2, self.conv2(y))
+        if self.shortcut:
+            conv, norm = self.shortcut
+            x = normalised(norm, conv(x))
         return jax.nn.relu(x + y)
+
+
+def normalised(norm: nnx.Module, x: jax.Array) -> jax.Array:
+    """In the dtype of `x`: BatchNorm's is otherwise that of its statistics, float32."""
+    return norm(x).astype(x.dtype)
 
 
 class ResNet(nnx.Module):
@@ -142,7 +148,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jax.nn.relu(self.norm(self.stem(x)))
+        x = jax.nn.relu(normalised(self.norm, self.stem(x)))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(axis=(1, 2)))

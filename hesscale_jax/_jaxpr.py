@@ -226,7 +226,12 @@ def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
     """Whether an equation runs on the CPU, as far as tracing tells, and on no explicit mesh."""
     explicit = any(axis is not None for x in operands for axis in jax.typeof(x).sharding.spec)
     explicit = explicit or eqn.params.get("out_sharding") is not None
-    return jax.default_backend() == "cpu" and not explicit
+    return is_on_cpu() and not explicit
+
+
+def is_on_cpu() -> bool:
+    """Whether what is traced will run on the CPU, as far as tracing tells."""
+    return jax.default_backend() == "cpu"
 
 
 def stops_at_nans() -> bool:
@@ -1025,6 +1030,20 @@ def _with_derivative(eqn: Equation) -> core.ClosedJaxpr:
 
     avals = {i: jax.ShapeDtypeStruct(eqn.inputs[i].shape, eqn.inputs[i].dtype) for i in values}
     return trace(with_derivative, list(avals.values()), [avals[i] for i in moving])
+
+
+def moved_results(eqn: Equation, positions: Sequence[int]) -> list[bool]:
+    """Which results of a custom_jvp function move with these operands, by its derivative rule."""
+    jaxpr = _with_derivative(eqn).jaxpr
+    values = [i for i, v in enumerate(eqn.inputs) if isinstance(v, Value)]
+    own = [i for i in values if i >= eqn.params["num_consts"] and is_inexact(eqn.inputs[i])]
+    tangents = zip(own, jaxpr.invars[len(values) :], strict=True)
+    reached = {v for i, v in tangents if i in positions}
+    for inner in jaxpr.eqns:
+        if not reached.isdisjoint(v for v in inner.invars if not hasattr(v, "val")):
+            reached.update(inner.outvars)
+    derivatives = jaxpr.outvars[len(eqn.outputs) :]
+    return [not hasattr(v, "val") and v in reached for v in derivatives]
 
 
 def along(eqn: Equation, primals: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:

@@ -1,14 +1,13 @@
 """The diagonal at every k-th step, the gradient at each: 1 + 0.65 / k gradients a step."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hesscale_jax.factors import value_and_factors
-from hesscale_jax.rules import RULES
 from hesscale_jax.transform import value_and_hesscale
 
 __all__ = ["value_and_factors_every", "value_and_hesscale_every"]
@@ -48,20 +47,8 @@ def value_and_hesscale_every(k: int) -> Callable[..., Callable[..., Any]]:
       [ 4. 32.] [12. 48.] True
       [ 4. 32.] [0. 0.] False
     """
-
-    def transform(
-        fun: Callable[..., Any],
-        argnums: int | Sequence[int] = 0,
-        has_aux: bool = False,
-        *,
-        curvature: str = "hessian",
-        rules: Mapping[Any, Any] = RULES,
-    ) -> Callable[..., Any]:
-        curved = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
-        return alternating(k, curved, jax.value_and_grad(fun, argnums, has_aux))
-
     _check(k)
-    return transform
+    return functools.partial(_every, k, value_and_hesscale)
 
 
 def value_and_factors_every(k: int) -> Callable[..., Callable[..., Any]]:
@@ -92,15 +79,20 @@ def value_and_factors_every(k: int) -> Callable[..., Callable[..., Any]]:
       [1.] True
       [0.] False
     """
-
-    def transform(
-        fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, **how: Any
-    ) -> Callable[..., Any]:
-        curved = value_and_factors(fun, argnums, has_aux, **how)
-        return alternating(k, curved, jax.value_and_grad(fun, argnums, has_aux))
-
     _check(k)
-    return transform
+    return functools.partial(_every, k, value_and_factors)
+
+
+def _every(
+    k: int,
+    transform: Callable[..., Any],
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **how: Any,
+) -> Callable[..., Any]:
+    curved = transform(fun, argnums, has_aux, **how)
+    return alternating(k, curved, jax.value_and_grad(fun, argnums, has_aux))
 
 
 def _check(k: int) -> None:

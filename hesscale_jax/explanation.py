@@ -30,7 +30,7 @@ from hesscale_jax.report import Dropped, Report, Shared, Step
 from hesscale_jax.rules import RULES
 from hesscale_jax.rules.control_flow import ControlFlow, while_loop
 from hesscale_jax.rules.custom_derivatives import custom_rule
-from hesscale_jax.rules.multilinear import multilinear
+from hesscale_jax.rules.multilinear import Multilinear
 from hesscale_jax.rules.selection import Selection
 from hesscale_jax.rules.table import Unsupported, find
 from hesscale_jax.transform import check_curvature, of_shapes, traced
@@ -466,7 +466,7 @@ def _recurses(rule: Any) -> bool:
 
 def _family(eqn: Equation, rule: Any) -> str:
     """What to call the rule that serves an equation outside of blocks."""
-    if rule is multilinear:
+    if isinstance(rule, Multilinear):
         return "multilinear"
     if rule is custom_rule:
         return "custom rule"

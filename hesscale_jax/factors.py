@@ -11,6 +11,7 @@ from hesscale_jax.factored import MAX_INPUTS, Bases, Factored, Factors, Layout, 
 from hesscale_jax.layout import layouts as find_layouts
 from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
+from hesscale_jax.rules.multilinear import products_in
 from hesscale_jax.rules.table import find
 from hesscale_jax.transform import differentiated, of_shapes, traced
 
@@ -79,6 +80,7 @@ def value_and_factors(
     bases: Any = None,
     weighted: bool = True,
     max_inputs: int = MAX_INPUTS,
+    product_dtype: Any = None,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
     r"""A loss's value, gradient and curvature: the diagonal in a basis, and each layer's factors.
@@ -109,6 +111,7 @@ def value_and_factors(
         or :class:`Bases` of its inputs and outputs; or None for the coordinates.
       weighted: Whether to weight the second moment by curvature, or each input by 1.
       max_inputs: Of a layer with more inputs, the second moment is left out: it would be too large.
+      product_dtype: As there.
       rules: As there.
 
     Returns:
@@ -152,6 +155,7 @@ def value_and_factors(
         outputs = [basis.outputs for basis in given]
         return structures, lambda spreads: list(map(_factors, found, spreads, outputs))
 
+    rules = products_in(rules, product_dtype)
     return differentiated(fun, argnums, has_aux, curvature, rules, factors)
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hesscale_jax._jaxpr import Constant, Value
+from hesscale_jax._jaxpr import Constant, Value, is_inexact
 
 __all__ = [
     "Factor",
@@ -56,10 +56,12 @@ class Reader:
     Attributes:
       primal: Gives the primal of a value.
       dtype: The dtype that numbers are converted to.
+      within: The dtype in which products of spreads and squares are taken, by the factors' dtypes.
     """
 
     primal: Callable[[Value], Any]
     dtype: Any
+    within: Callable[..., Any]
     _arrays: dict[int, tuple["Factor", Any]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, atom: Value | Constant) -> Any:
@@ -88,13 +90,13 @@ class Factor:
 
     Attributes:
       shape: Its shape.
-      reads: The program's values that it is computed from.
+      reads: The program's values and constants that it is computed from, but for what is known.
       compute: The array, from a function that gives the primals of those values.
       static: The array, if it is known.
     """
 
     shape: tuple[int, ...]
-    reads: frozenset[Value]
+    reads: frozenset[Value | Constant]
     compute: Callable[[Reader], Any]
     static: np.ndarray | None = None
 
@@ -140,12 +142,11 @@ def known(x: Any) -> Factor:
 def of_atom(atom: Value | Constant) -> Factor:
     """The primal of a value or a constant."""
     shape = tuple(atom.shape)
-    if not isinstance(atom, Constant):
-        return Factor(shape, frozenset([atom]), lambda read: read(atom))
-    x = atom.value
-    if not isinstance(x, jax.core.Tracer) and (np.ndim(x) == 0 or not _is_number(x)):
-        return known(x)
-    return Factor(shape, frozenset(), lambda read: read(atom))
+    if isinstance(atom, Constant) and not isinstance(x := atom.value, jax.core.Tracer):
+        small = np.ndim(x) == 0 or not _is_number(x)
+        if small:
+            return known(x)
+    return Factor(shape, frozenset([atom]), lambda read: read(atom))
 
 
 def _is_number(x: Any) -> bool:
@@ -154,8 +155,7 @@ def _is_number(x: Any) -> bool:
 
 def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Factor) -> Factor:
     """``function`` of several factors."""
-    reads = frozenset[Value]().union(*(f.reads for f in factors))
-    return Factor(tuple(shape), reads, lambda read: function(*map(read.array, factors)))
+    return Factor(tuple(shape), _reads(factors), lambda read: function(*map(read.array, factors)))
 
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
@@ -321,7 +321,11 @@ def _contracted(factors: Sequence[Factor], dim: int) -> Factor:
         kept = [i for i in range(len(shape)) if i != dim]
         return _product(operands, kept, shape)
 
-    return Factor(tuple(shape), frozenset[Value]().union(*(f.reads for f in factors)), contract)
+    return Factor(tuple(shape), _reads(factors), contract)
+
+
+def _reads(factors: Iterable[Factor]) -> frozenset[Value | Constant]:
+    return frozenset[Value | Constant]().union(*(f.reads for f in factors))
 
 
 def _product(
@@ -473,7 +477,7 @@ class Form:
             for f in (*term.factors, *term.at)
             if isinstance(f, Factor)
         ]
-        return frozenset[Value]().union(*(f.reads for f in arrays))
+        return frozenset(v for v in _reads(arrays) if isinstance(v, Value))
 
 
 def placed(f: Factor, rank: int, at: Sequence[int]) -> Factor:
@@ -635,7 +639,10 @@ def _of_pair(
         for n, label in zip(x.shape, at, strict=True):
             if label < rank and label not in over:
                 sizes[label] = max(sizes[label], n)
-    y = _product(operands, [i for i in range(rank) if i not in over], sizes)
+    numbers = {v.dtype for v in _reads((*a.factors, *b.factors)) if is_inexact(v)}
+    dtype = read.within(*numbers) if numbers and read.dtype == jnp.float32 else read.dtype
+    rounded = [(lax.convert_element_type(x, dtype), at) for x, at in operands]
+    y = read.number(_product(rounded, [i for i in range(rank) if i not in over], sizes))
     spanned = {i for x, at in operands for n, i in zip(x.shape, at, strict=True) if n != 1}
     alike = math.prod(shape[i] for i in over if i not in spanned)  # entries of each sum
     return _scaled(float(alike), y)

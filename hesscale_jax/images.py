@@ -36,7 +36,7 @@ from hesscale_jax.forms import (
 )
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
-from hesscale_jax.rules.multilinear import multilinear, product_frame
+from hesscale_jax.rules.multilinear import Multilinear, product_frame
 from hesscale_jax.rules.selection import Selection
 
 __all__ = ["Images", "Part"]
@@ -271,7 +271,7 @@ class Images:
         active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
         if isinstance(rule, Pointwise):
             return self._pointwise(eqn, rule, active)
-        if rule is multilinear:
+        if isinstance(rule, Multilinear):
             return self._product(eqn, active) if eqn.name == "dot_general" else None
         if not isinstance(rule, Selection):
             return None
@@ -338,7 +338,7 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
         keeps = (
             eqn in steps.blocks
             or isinstance(rule, Selection | Pointwise)
-            or (rule is multilinear and len(active) == 1)
+            or (isinstance(rule, Multilinear) and len(active) == 1)
             or (isinstance(rule, ControlFlow) and _only_selects(eqn))
         )
         moving = steps.active.intersection(eqn.outputs)

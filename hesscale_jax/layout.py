@@ -16,7 +16,7 @@ from hesscale_jax._jaxpr import Equation, Program, Value
 from hesscale_jax.blocks import Plan, loop, plan
 from hesscale_jax.factored import Axis, Layout, canonical, row_major, viewed
 from hesscale_jax.rules.control_flow import ControlFlow
-from hesscale_jax.rules.multilinear import multilinear
+from hesscale_jax.rules.multilinear import Multilinear
 
 __all__ = ["Arrival", "arrivals", "layouts", "reads"]
 
@@ -122,7 +122,7 @@ def _roles(
 def _at(steps: Plan, find: Find, end: Arrival) -> _Roles:
     eqn, position, axes = end
     rule = steps.rules[eqn]
-    if rule is multilinear and eqn.name in PRODUCTS:
+    if isinstance(rule, Multilinear) and eqn.name in PRODUCTS:
         return _of_product(eqn, position, axes)
     if not isinstance(rule, ControlFlow):
         raise NotFactored(f"{_jaxpr.label(eqn)!r} reads it")

@@ -35,6 +35,7 @@ def hesscale(
     has_aux: bool = False,
     *,
     curvature: str = "hessian",
+    product_dtype: Any = None,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
     """``nnx.grad`` with HesScale's approximation of the Hessian's diagonal.
@@ -57,7 +58,9 @@ def hesscale(
       Array([[ 2.],
              [18.]], dtype=float32)
     """
-    value_and = value_and_hesscale(fun, argnums, has_aux, curvature=curvature, rules=rules)
+    value_and = value_and_hesscale(
+        fun, argnums, has_aux, curvature=curvature, product_dtype=product_dtype, rules=rules
+    )
     return transform.without_value(value_and, has_aux)
 
 
@@ -67,6 +70,7 @@ def value_and_hesscale(
     has_aux: bool = False,
     *,
     curvature: str = "hessian",
+    product_dtype: Any = None,
     rules: Mapping[Any, Any] = RULES,
 ) -> Callable[..., Any]:
     """``nnx.value_and_grad`` with HesScale's approximation of the Hessian's diagonal.
@@ -79,7 +83,8 @@ def value_and_hesscale(
         filter)``, or a sequence of these. Of a module, the ``nnx.Param``s, or the Variables that
         pass the filter, are differentiated.
       has_aux: Whether ``fun`` returns auxiliary data besides the loss; it may hold modules.
-      curvature: As for :func:`hesscale_jax.value_and_hesscale`, and so ``rules``.
+      curvature: As for :func:`hesscale_jax.value_and_hesscale`, and so the others.
+      product_dtype: See there.
       rules: See there.
 
     Returns:
@@ -114,7 +119,8 @@ def value_and_hesscale(
       >>> bool(last < 0.1 * first)
       True
     """
-    core = functools.partial(transform.value_and_hesscale, curvature=curvature, rules=rules)
+    how = {"curvature": curvature, "product_dtype": product_dtype, "rules": rules}
+    core = functools.partial(transform.value_and_hesscale, **how)
 
     @functools.wraps(fun)
     def value_and_hesscale_fun(*args: Any, **kwargs: Any) -> Any:

@@ -104,7 +104,11 @@ class BlockArithmetic:
     """Processes the equations of one block, one at a time, in program order."""
 
     def __init__(
-        self, block: Block, forms: dict[Value, Form], spread_of: Callable[[Any], Any], read: Any
+        self,
+        block: Block,
+        forms: dict[Value, Form],
+        spread_of: Callable[[Any], Any],
+        reader: Callable[[Any], Reader],
     ) -> None:
         """Start a block.
 
@@ -113,7 +117,7 @@ class BlockArithmetic:
           forms: The forms, in its frame, of what it reads that is not independent.
           spread_of: Gives the spread with which a value made elsewhere enters the block, or that
             of a form's source.
-          read: Gives the primal of a value that a form is made of.
+          reader: What a form is computed from, in a dtype.
         """
         self.block = block
         self._frame, self._reduced = block.frame, block.reduced
@@ -121,8 +125,9 @@ class BlockArithmetic:
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
         self._forms = forms
-        self._reader = Reader(read, self._dtype)
-        self._primal = read
+        self.reader = reader
+        self._reader = reader(self._dtype)
+        self._primal = self._reader.primal
         self._form_of: dict[Local, Form | None] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments

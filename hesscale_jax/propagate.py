@@ -24,7 +24,7 @@ from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.control_flow import filled, run_steps
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.fourier import fourier
-from hesscale_jax.rules.multilinear import met, multilinear
+from hesscale_jax.rules.multilinear import Multilinear, met, multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Scatter, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
 
@@ -139,7 +139,7 @@ class _Walk:
         results = _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
         if eqn in self.images.products:
             forms = self.images.products[eqn]
-            results = [met(eqn, results[0], forms, self._varies, self._primal, self.curved(eqn))]
+            results = [met(eqn, results[0], forms, self._varies, self._reader, self.curved(eqn))]
         return results
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:
@@ -198,15 +198,21 @@ class _Walk:
     def _arithmetic(self, block: Block) -> BlockArithmetic:
         if block not in self._blocks:
             forms = self.images.blocks.get(block, {})
-            self._blocks[block] = BlockArithmetic(block, forms, self._varies, self._primal)
+            self._blocks[block] = BlockArithmetic(block, forms, self._varies, self._reader)
         return self._blocks[block]
 
     def _varies(self, source: Value | Part) -> Any:
         """The spread of a source of forms."""
         if isinstance(source, Value):
             return self._collapsed(source).spread
-        reader = Reader(self._primal, spread_dtype(source.value.dtype))
+        reader = self._reader(spread_dtype(source.value.dtype))
         return variance(source.form, self._varies, reader)
+
+    def _reader(self, dtype: Any) -> Reader:
+        """What factors of forms are computed from."""
+        rule = self.rules.get("dot_general")
+        products = rule if isinstance(rule, Multilinear) else multilinear
+        return Reader(self._primal, dtype, products.within)
 
     def _primal(self, value: Value) -> Any:
         return self._moments[value].primal
@@ -445,6 +451,6 @@ def _is_affine(eqn: Equation, steps: Plan) -> bool:
     positions = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
     if isinstance(rule, Pointwise):
         return rule.affine(positions)
-    if rule is multilinear:
+    if isinstance(rule, Multilinear):
         return len(positions) == 1
     return isinstance(rule, Selection) or rule is fourier

@@ -123,6 +123,7 @@ def check_hesscale(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     curvature: str = "hessian",
+    product_dtype: Any = None,
     rules: Mapping[Any, Any] = RULES,
 ) -> Report:
     """How good the diagonal is on a model of yours, by exact entries of the Hessian.
@@ -143,6 +144,7 @@ def check_hesscale(
       argnums: As for :func:`hesscale_jax.hesscale`.
       has_aux: As for :func:`hesscale_jax.hesscale`.
       curvature: The estimate to compare: ``"gauss_newton"`` is compared with the Hessian as well.
+      product_dtype: As for :func:`hesscale_jax.value_and_hesscale`.
       rules: The rule of each primitive.
 
     Returns:
@@ -195,7 +197,8 @@ def check_hesscale(
         return result[0] if has_aux else result
 
     with jax.default_matmul_precision("highest"):
-        grads, diagonal = jax.jit(hesscale(loss, curvature=curvature, rules=rules))(leaves)
+        how = {"curvature": curvature, "product_dtype": product_dtype, "rules": rules}
+        grads, diagonal = jax.jit(hesscale(loss, **how))(leaves)
         expected = jax.jit(jax.grad(loss))(leaves)
         _assert_gradients_close(paths, grads, expected)
         sizes = [h.size for h in diagonal]

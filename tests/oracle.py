@@ -210,10 +210,10 @@ class Met(NamedTuple):
         for x in source.form.of:
             (found,) = back_through(
                 lambda at, x=x: [self.linearised(source.value, {x: at[0]})],
-                [self.env[x]],
+                [self.at(x)],
                 [Cotangents(np.zeros(source.shape), h)],
             )
-            back.append((x, found.h))
+            back += self.spread_back(x, found.h)
         return back
 
     def at(self, origin: Any) -> Any:

@@ -1029,8 +1029,8 @@ def loop(rng: random.Random) -> Case:
     for _ in range(rng.randint(1, 2)):
         step_by_step(program, frame, length)
         grow(program, rng.randint(1, 3), (unary, binary))
-    ends = " + ".join(f"jnp.sum({x}**2)" for x in program.unread()[-2:])
-    return case(program, ends)
+    ends = program.unread()[-2:] or list(program.inputs)[:1]
+    return case(program, " + ".join(f"jnp.sum({x}**2)" for x in ends))
 
 
 def step_by_step(program: Program, frame: Shape, length: int) -> None:

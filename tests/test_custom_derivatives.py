@@ -444,3 +444,21 @@ def test_a_rule_of_the_users_comes_before_that_of_a_function_that_mixes_entries(
         hs.hesscale(fun, rules=hs.RULES | {"custom_jvp_call[share]": rule})(z)
         assert called
         called.clear()
+
+
+def test_a_result_that_does_not_move_before_a_function_without_a_derivative():
+    """A ``custom_vjp`` whose body has no derivative is not differentiable along known zeros."""
+    c = jnp.array([0.3, 2.0, 1.0])
+
+    def pair(x, y):
+        return jnp.sin(x), jnp.tanh(y)
+
+    def loss(x):
+        u, v = with_jvp(pair)(x, c)
+        return jnp.sum(u**2) + jnp.sum((v - straight_through(lambda x: x)(v)) ** 2)
+
+    x = jnp.array([0.5, -1.0, 2.0])
+    for transform in (hs.hesscale(loss), jax.jit(hs.hesscale(loss))):
+        grad, hess_diag = transform(x)
+        np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-12)
+        np.testing.assert_allclose(hess_diag, 2 * jnp.cos(2 * x), rtol=1e-12)

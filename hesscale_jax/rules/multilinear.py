@@ -3,10 +3,11 @@
 dy = f(dx, w) + f(x, dw),   vy = f(vx, w*w) + f(x*x, vw)
 """
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,52 +21,98 @@ from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.selection import in_wide_dtype, push
 
-__all__ = ["met", "multilinear", "product", "product_frame"]
+__all__ = ["Multilinear", "met", "multilinear", "product", "product_frame", "products_in"]
 
 
-def multilinear(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+@dataclasses.dataclass(frozen=True)
+class Multilinear:
     """``dy = f(dx, w) + f(x, dw), vy = f(vx, w*w) + f(x*x, vw)``.
 
     The domain is every bilinear primitive that leaves each product of two entries in one output
     with a coefficient of 0 or 1: ``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``,
     or one of your own that takes operands of any floating-point dtype.
     The factors count as independent; of those that are not, :func:`met` gives the moments.
+
+    Attributes:
+      dtype: What spreads and squares are rounded to where they are multiplied, and their products
+        with them: ``bfloat16``, or ``float32``. None is ``bfloat16`` where both factors are in half
+        precision and the platform is no CPU, where that gains nothing; else ``float32``. Products
+        of float64 stay in float64.
     """
-    x, w, *sizes = operands
-    rest = [size.primal for size in sizes]  # of the groups of a ragged product
-    wide = spread_dtype(x.primal.dtype, w.primal.dtype)
-    result = spread_dtype(eqn.outputs[0].dtype)
-    precise: dict[str, Any] = {}
-    if "preferred_element_type" in eqn.params:
-        precise["preferred_element_type"] = wide
-    if isinstance(eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset):
-        precise["precision"] = None  # an algorithm fixes the dtypes of its factors
 
-    def square(factor: Any) -> Any:
-        factor = lax.convert_element_type(factor, wide)
-        return factor * factor
+    dtype: Any = None
 
-    def product(a: Any, b: Any) -> Any:
-        return None if a is None or b is None else _bind(eqn, a, b, *rest)
+    __name__ = "multilinear"
 
-    def spread(position: int) -> Any:
-        """What one factor's spread gives the result's."""
-        v, other = operands[position].spread, operands[1 - position].primal
-        if v is None:
-            return None
-        if isinstance(v, Factored):
-            y = v.spread(eqn, position, other)
-        else:
-            pair = (square(other), v) if position else (v, square(other))
-            y = _bind(eqn, *pair, *rest, **precise)
-        return y if wide == result else lax.convert_element_type(y, result)
+    def __call__(self, eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+        """The moments of the result."""
+        x, w, *sizes = operands
+        rest = [size.primal for size in sizes]  # of the groups of a ragged product
+        wide = spread_dtype(x.primal.dtype, w.primal.dtype)
+        result = spread_dtype(eqn.outputs[0].dtype)
+        within = self.within(x.primal.dtype, w.primal.dtype)
+        precise: dict[str, Any] = {}
+        if "preferred_element_type" in eqn.params:
+            precise["preferred_element_type"] = within
+        if isinstance(eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset):
+            precise["precision"] = None  # an algorithm fixes the dtypes of its factors
 
-    y = Moments(
-        product(x.primal, w.primal),
-        total(product(x.shift, w.primal), product(x.primal, w.shift)),
-        total(spread(0), spread(1)),
-    )
-    return [y]
+        def square(factor: Any) -> Any:
+            factor = lax.convert_element_type(factor, wide)
+            return factor * factor
+
+        def product(a: Any, b: Any) -> Any:
+            return None if a is None or b is None else _bind(eqn, a, b, *rest)
+
+        def spread(position: int) -> Any:
+            """What one factor's spread gives the result's."""
+            v, other = operands[position].spread, operands[1 - position].primal
+            if v is None:
+                return None
+            if isinstance(v, Factored):
+                y = v.spread(eqn, position, other)
+            else:
+                pair = (square(other), v) if position else (v, square(other))
+                y = _bind(eqn, *(rounded(a, within) for a in pair), *rest, **precise)
+            return rounded(y, result)
+
+        y = Moments(
+            product(x.primal, w.primal),
+            total(product(x.shift, w.primal), product(x.primal, w.shift)),
+            total(spread(0), spread(1)),
+        )
+        return [y]
+
+    def within(self, *factors: Any) -> Any:
+        """The dtype in which products of spreads and squares are taken, by the factors' dtypes."""
+        wide = spread_dtype(*factors)
+        if wide == jnp.float64:
+            return wide
+        if self.dtype is not None:
+            return jnp.dtype(self.dtype)
+        half = all(jnp.dtype(dtype).itemsize <= 2 for dtype in factors)
+        return jnp.dtype(jnp.bfloat16) if half and not _jaxpr.is_on_cpu() else wide
+
+
+multilinear = Multilinear()
+
+
+def products_in(rules: Mapping[Any, Any], dtype: Any) -> Mapping[Any, Any]:
+    """The rules, with products of spreads and squares in a dtype; None leaves them as they are."""
+    if dtype is None:
+        return rules
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        # float16 overflows at 65504, which squares reach, and curvatures underflow at 6e-8.
+        raise ValueError(
+            f"product_dtype must be None, jnp.bfloat16 or jnp.float32, got {jnp.dtype(dtype).name}"
+        )
+    found = {p: rule for p, rule in rules.items() if isinstance(rule, Multilinear)}
+    return {**rules, **dict.fromkeys(found, Multilinear(jnp.dtype(dtype)))}
+
+
+def rounded(x: Any, dtype: Any) -> Any:
+    """``x`` in a dtype, as it is if that is its own."""
+    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
 def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
@@ -118,7 +165,7 @@ def met(
     y: Moments,
     forms: tuple[Form, Form],
     vary: Callable[[Any], Any],
-    read: Callable[[Any], Any],
+    reader: Callable[[Any], Reader],
     curved: bool,
 ) -> Moments:
     """The moments of a product of two images of one value, as ``x^T x`` and ``x^T A x``.
@@ -132,7 +179,7 @@ def met(
     for k, of_factor in enumerate(forms):
         form = form.plus(of_factor.times(factors[1 - k]))
     shape = eqn.outputs[0].shape
-    array = Reader(read, spread_dtype(y.primal.dtype))
+    array = reader(spread_dtype(y.primal.dtype))
     spread = variance(form.summed(summed).reshaped(shape), vary, array)
     shift = y.shift
     if curved:

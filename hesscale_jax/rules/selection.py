@@ -243,10 +243,13 @@ def jvp(
     if not moving:
         return _jaxpr.listed(fun(), eqn), [None] * len(eqn.outputs)
     results, pushed = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
-    derivative = [
-        t if _jaxpr.is_inexact(v) else None
-        for t, v in zip(_jaxpr.listed(pushed, eqn), eqn.outputs, strict=True)
-    ]
+    moves = list(map(_jaxpr.is_inexact, eqn.outputs))
+    if eqn.name == "custom_jvp_call" and len(eqn.inputs) > 1:
+        # The derivative of a result that stays is zeros, an array like others to JAX: along one
+        # that is known, it does not differentiate a custom_vjp function.
+        moved = _jaxpr.moved_results(eqn, moving)
+        moves = [a and b for a, b in zip(moves, moved, strict=True)]
+    derivative = [t if m else None for t, m in zip(_jaxpr.listed(pushed, eqn), moves, strict=True)]
     return _jaxpr.listed(results, eqn), derivative
 
 
