@@ -33,6 +33,8 @@ measured before on the same machine stay in them.
     python benchmarks/cost.py --models gpt-256 3c3d-relu --methods HesScale --output /tmp/cost
     python benchmarks/cost.py --models           only draws what was measured before
     python benchmarks/cost.py --gpu              large models in float32 and bfloat16: cost-gpu.*
+    python benchmarks/cost.py --gpu --quick      HesScale alone, at most 6 minutes: cost-gpu-quick.*
+    python benchmarks/cost.py --gpu --quick --small --output /tmp/cost    on a CPU, to see it run
     python benchmarks/cost.py --scaling          over width, depth, batch, ...: `scaling.py`
     python benchmarks/cost.py --tracing          time to trace and to compile: `tracing.py`
 """
@@ -52,7 +54,7 @@ import peers
 import scaling
 import tracing
 from matplotlib.figure import Figure
-from models import COST_TASKS, GPU_TASKS, Task
+from models import COST_TASKS, GPU_TASKS, SMALL_GPU_TASKS, Task
 from rich.progress import Progress
 from table import Table, console, save
 from timing import (
@@ -75,6 +77,12 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "data"
 EVERY = 10  # steps that one diagonal serves
 FLOOR = 5 / 3
 TASKS = COST_TASKS | GPU_TASKS
+DTYPES = ("float32", "bfloat16")
+# What one GPU measures in 6 minutes. Convolutions are as fast in both types, so one will do.
+QUICK = [
+    *itertools.product(("mlp-4096-relu", "gpt2-small-scanned"), DTYPES),
+    ("resnet-18-256", "bfloat16"),
+]
 
 Result = dict[str, Any]  # "methods": by name, their summaries; "unavailable": by name, the reason
 
@@ -270,18 +278,26 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="*", choices=TASKS, metavar="MODEL", help=", ".join(TASKS)
     )
-    parser.add_argument("--methods", nargs="+", default=[""], help="whose names contain one")
+    parser.add_argument("--methods", nargs="+", help="whose names contain one")
     parser.add_argument("--every", nargs="*", default=["mlp-1024-relu"], metavar="MODEL")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, help="of timing a model, 30, or a size, 3")
+    parser.add_argument(
+        "--seconds", type=float, help="of timing a model, 30, quick 10, or a size, 3"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--output", type=Path, help="where, without a suffix")
+    parser.add_argument("--quick", action="store_true", help="with --gpu")
+    parser.add_argument("--small", action="store_true", help="with --gpu, at sizes for a CPU")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--gpu", action="store_true")
     modes.add_argument("--scaling", action="store_true")
     modes.add_argument("--tracing", action="store_true")
     options = parser.parse_args()
+    if (options.quick or options.small) and not options.gpu:
+        parser.error("--quick and --small go with --gpu")
 
+    options.methods = options.methods or (["HesScale"] if options.quick else [""])
+    options.seconds = options.seconds or (10 if options.quick else None)
     if missing := [name for name in ("somax", "backpack") if not importlib.util.find_spec(name)]:
         print(
             f"Without {' and '.join(missing)}. To install what is missing: pip install '.[peers]'"
@@ -296,21 +312,27 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    default = (GPU_TASKS, ["float32", "bfloat16"], "cost-gpu")
-    if not options.gpu:
-        default = (COST_TASKS, ["float32"], "cost")
-    models = default[0] if options.models is None else options.models
-    dtypes = options.dtype or default[1]
-    stem = options.output or RESULTS / default[2]
+    if options.quick:
+        cases, name = QUICK, "cost-gpu-quick"
+    elif options.gpu:
+        cases, name = [*itertools.product(GPU_TASKS, DTYPES)], "cost-gpu"
+    else:
+        cases, name = [(model, "float32") for model in COST_TASKS], "cost"
+    if options.models is not None or options.dtype:
+        models, dtypes = (dict.fromkeys(column) for column in zip(*cases, strict=True))
+        chosen = models if options.models is None else options.models
+        cases = [*itertools.product(chosen, options.dtype or dtypes)]
+    tasks = TASKS | (SMALL_GPU_TASKS if options.small else {})
 
+    stem = options.output or RESULTS / name
     path = stem.with_suffix(".json")
     data = json.loads(path.read_text()) if path.exists() else {"machine": None}
-    if models and data["machine"] != machine():
+    if cases and data["machine"] != machine():
         data = {"machine": machine(), "results": {}}
     with Progress(console=console) as progress:
-        for name, dtype in itertools.product(models, dtypes):
-            title = name if dtype == "float32" else f"{name}, {dtype}"
-            result = measure(title, TASKS[name], dtype, options, progress)
+        for model, dtype in cases:
+            title = model if dtype == "float32" else f"{model}, {dtype}"
+            result = measure(title, tasks[model], dtype, options, progress)
             data["results"][title] = result
             table(title, result).show()
             save(stem, tables(data), data)

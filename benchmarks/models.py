@@ -368,3 +368,13 @@ GPU_TASKS = {
         8, vocabulary=50257, length=1024, width=768, heads=12, layers=12, scan=True
     ),
 }
+
+# The same at sizes at which a CPU shows that a script runs.
+SMALL_GPU_TASKS = {
+    "mlp-4096-relu": mlp_task(8, *[16] * 5, 10),
+    "resnet-18-256": Task(functools.partial(ResNet, (4, 8), 10), input_shape=(8, 8, 3), batch=4),
+    "gpt2-small": gpt_task(2, vocabulary=32, length=8, width=16, heads=2, layers=2),
+    "gpt2-small-scanned": gpt_task(
+        2, vocabulary=32, length=8, width=16, heads=2, layers=2, scan=True
+    ),
+}

@@ -1,10 +1,10 @@
 """Seconds to trace and to compile, and how the analysis grows with the program.
 
-The first table is of a GPT with 24 layers, not scanned. The second is of chains of matrix products,
+The first table is of a GPT with 24 layers, not scanned: seconds to trace and to compile it, and
+those of the first call without ``jit``, which traces it and compiles one operation after another,
+and of a later one, of the same loss as a new function. The second is of chains of matrix products,
 LayerNorm, GELU and tanh: seconds to trace, and microseconds for each equation of the loss, which do
-not grow if the analysis is linear. The third is of a GPT with 2 layers without ``jit``: seconds of
-the first call, which compiles one operation after another, and of a later one, of the same loss as
-a new function. All are medians of 3, with JAX's caches cleared before.
+not grow if the analysis is linear. All are medians of 3, with JAX's caches cleared before.
 """
 
 import statistics
@@ -29,8 +29,7 @@ LENGTHS = (11, 45, 180, 714)  # of 28 equations each
 
 def methods(loss: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
     return {BASELINE: jax.value_and_grad(loss)} | {
-        name: hs.value_and_hesscale(loss, curvature=curvature)
-        for name, curvature in HESSCALE.items()
+        name: hs.value_and_hesscale(loss, **options) for name, options in HESSCALE.items()
     }
 
 
@@ -40,15 +39,13 @@ def run(stem: Path) -> None:
     for length in track(LENGTHS, "chains", console=console):
         count, seconds = chain(length)
         chains[count] = seconds
-    eager = without_jit()
     tables = [
         gpt_table(deep, describe(where)),
         chain_table(chains, describe(where)),
-        eager_table(eager, describe(where)),
     ]
     for each in tables:
         each.show()
-    save(stem, tables, {"machine": where, "gpt": deep, "chains": chains, "eager": eager})
+    save(stem, tables, {"machine": where, "gpt": deep, "chains": chains})
 
 
 def deep_gpt() -> dict[str, dict[str, float]]:
@@ -57,32 +54,28 @@ def deep_gpt() -> dict[str, dict[str, float]]:
     results = {}
     for name, method in track(methods(task.loss).items(), "GPT, 24 layers", console=console):
         costs = [build(method, (params, *batch)).cost for _ in range(REPEATS)]
+        calls = [without_jit(name, task.loss, (params, *batch)) for _ in range(REPEATS)]
+        first, later = zip(*calls, strict=True)
         results[name] = {
             "trace_seconds": statistics.median(cost.trace_seconds for cost in costs),
             "compile_seconds": statistics.median(cost.compile_seconds for cost in costs),
+            "first_call_seconds": statistics.median(first),
+            "later_call_seconds": statistics.median(later),
         }
     return results
 
 
-def without_jit() -> dict[str, dict[str, float]]:
-    task = gpt_task(2, vocabulary=64, length=16, width=64, heads=4, layers=2)
-    params, batch = task.draw(0, jnp.float32)
-    results = {}
-    for name in track(methods(task.loss), "GPT, 2 layers, no jit", console=console):
+def without_jit(name: str, loss: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, float]:
+    """Seconds of a first call and of a second, each of the loss as a new function."""
 
-        def call(name: str = name) -> float:
-            method = methods(lambda *args: task.loss(*args))[name]
-            start = time.perf_counter()
-            jax.block_until_ready(method(params, *batch))
-            return time.perf_counter() - start
+    def call() -> float:
+        method = methods(lambda *args: loss(*args))[name]
+        start = time.perf_counter()
+        jax.block_until_ready(method(*args))
+        return time.perf_counter() - start
 
-        first, later = [], []
-        for _ in range(REPEATS):
-            jax.clear_caches()
-            first.append(call())
-            later.append(call())
-        results[name] = {"first": statistics.median(first), "later": statistics.median(later)}
-    return results
+    jax.clear_caches()
+    return call(), call()
 
 
 def chain(length: int) -> tuple[int, dict[str, float]]:
@@ -108,13 +101,9 @@ def equations(jaxpr: Any) -> int:
 
 
 def gpt_table(results: dict[str, dict[str, float]], where: str) -> Table:
-    columns = ["", "trace s", "ratio", "compile s", "ratio"]
+    headings = ("trace s", "compile s", "first call without jit s", "later call s")
+    columns = ["", *(column for heading in headings for column in (heading, "ratio"))]
     return Table("GPT, 24 layers, width 32", columns, beside_baseline(results), [where])
-
-
-def eager_table(results: dict[str, dict[str, float]], where: str) -> Table:
-    columns = ["", "first call s", "ratio", "later s", "ratio"]
-    return Table("GPT, 2 layers, width 64, without jit", columns, beside_baseline(results), [where])
 
 
 def beside_baseline(results: dict[str, dict[str, float]]) -> list[list[str]]:

@@ -223,10 +223,11 @@ def listed(results: Any, eqn: Equation) -> list[Any]:
 
 
 def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
-    """Whether an equation runs on the CPU, as far as tracing tells, and on no explicit mesh."""
+    """Whether an equation runs on the CPU, as far as tracing tells, and on no mesh of several."""
     explicit = any(axis is not None for x in operands for axis in jax.typeof(x).sharding.spec)
     explicit = explicit or eqn.params.get("out_sharding") is not None
-    return is_on_cpu() and not explicit
+    several = jax.sharding.get_abstract_mesh().size > 1
+    return is_on_cpu() and not explicit and not several
 
 
 def is_on_cpu() -> bool:

@@ -108,6 +108,19 @@ def test_data_parallelism_needs_no_more_collectives():
     assert ours == theirs
 
 
+def test_a_product_keeps_its_axes_on_a_mesh():
+    """One CPU takes ``(batch, length, n)`` as a matrix; on a mesh, either axis may be sharded."""
+
+    def of_sequences(w, x):
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    args = PARAMS["into"], normal(2, 3, WIDTH)
+    merged = f"[{2 * 3},{WIDTH}]"
+    assert merged in str(jax.make_jaxpr(hs.hesscale(of_sequences))(*args))
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        assert merged not in str(jax.make_jaxpr(hs.hesscale(of_sequences))(*args))
+
+
 # Collectives by hand
 
 
