@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from hutchinson import value_and_hutchinson
 
 import hesscale_jax as hs
@@ -25,6 +26,7 @@ TORCH_BASELINE = "PyTorch gradient"
 HESSCALE: dict[str, dict[str, Any]] = {
     "HesScale": {},
     "HesScaleGN": {"curvature": "gauss_newton"},
+    "HesScale, bf16 products": {"product_dtype": jnp.bfloat16},
 }
 HUTCHINSON = "Hutchinson 1"
 PACKAGES = ("jax", "jaxlib", "optax", "python-somax", "torch", "backpack-for-pytorch")

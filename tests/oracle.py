@@ -290,8 +290,15 @@ def units(steps: Plan) -> list[Unit]:
         unit_of[eqn] = steps.blocks.get(eqn, eqn)
         members.setdefault(unit_of[eqn], []).append(eqn)
     makers = {v: unit_of[eqn] for eqn in steps.rules for v in eqn.outputs if v in steps.active}
+
+    def read(eqn: Equation) -> Iterable[Value]:
+        if eqn not in steps.loops:
+            return eqn.inputs
+        through = steps.loops[eqn]  # What no step's results depend on does not come before it.
+        return {*through.scanned, *(v for values in through.depends.values() for v in values)}
+
     graph = {
-        unit: {makers[v] for eqn in eqns for v in eqn.inputs if v in makers} - {unit}
+        unit: {makers[v] for eqn in eqns for v in read(eqn) if v in makers} - {unit}
         for unit, eqns in members.items()
     }
     return [members[unit] for unit in graphlib.TopologicalSorter(graph).static_order()]
