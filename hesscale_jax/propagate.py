@@ -93,6 +93,7 @@ class _Walk:
         self._arriving = self._routed(factored)
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
+        self._constrained: dict[Value, Equation] = {}  # what says where a block's value lies
         self._kept: Container[Value] = ()  # what is read, in its block, when all has run
 
     def run(self) -> list[Moments]:
@@ -147,6 +148,8 @@ class _Walk:
         operands = [self._read(v) for v in eqn.inputs]
         (value,) = eqn.outputs
         self._made_in[value] = arithmetic
+        if eqn.name == "sharding_constraint":
+            self._constrained[value] = eqn
         if isinstance(rule, Pointwise | Join):
             active = [i for i, v in enumerate(eqn.inputs) if v in self.plan.active]
             phi = rule if isinstance(rule, Pointwise) else rule.inside
@@ -228,6 +231,8 @@ class _Walk:
         """With the spread with which the value leaves its block."""
         if isinstance(atom, Value) and atom in self._made_in:
             spread = self._made_in.pop(atom).spread(atom)
+            if spread is not None and atom in self._constrained:
+                spread = _jaxpr.bind(self._constrained[atom], spread)
             self._moments[atom] = self._moments[atom]._replace(spread=spread)
         return self._read(atom)
 

@@ -92,20 +92,37 @@ def test_explicit_tensor_parallelism(curvature):
     assert_close(received, on_one_device(curvature))
 
 
-def test_data_parallelism_needs_no_more_collectives():
-    def collectives(fun, args):
-        text = jax.jit(fun).lower(*args).compile().as_text()
-        return {
-            kind: len(re.findall(rf"\s{kind}(?:-start)?\(", text))
-            for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
-        }
+def collectives(fun, args):
+    text = jax.jit(fun).lower(*args).compile().as_text()
+    return {
+        kind: len(re.findall(rf"\s{kind}(?:-start)?\(", text))
+        for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+    }
 
+
+def test_data_parallelism_needs_no_more_collectives():
     with jax.set_mesh(mesh := mesh_of(AxisType.Auto)):
         args = placed(mesh, "data parallel")
         ours = collectives(hs.value_and_hesscale(loss), args)
         theirs = collectives(jax.value_and_grad(loss), args)
     assert theirs["all-reduce"] >= 1
     assert ours == theirs
+
+
+def test_what_is_said_of_an_activation_holds_for_its_curvature():
+    """Else the compiler chooses where curvatures and cotangents lie, and may send them around."""
+
+    def constraints(transform):
+        def constrained(params, x):
+            h = lax.with_sharding_constraint(x @ params["into"], P(None, "devices"))
+            return jnp.mean((h @ params["back"]) ** 2)
+
+        text = str(jax.make_jaxpr(transform(constrained))(PARAMS, INPUTS))
+        return text.count("= sharding_constraint[")
+
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        assert constraints(jax.grad) == 2  # The value and its cotangent.
+        assert constraints(hs.hesscale) == 3
 
 
 def test_a_product_keeps_its_axes_on_a_mesh():

@@ -11,6 +11,7 @@ the primitive, its name, or with the name of a function, as ``"custom_vjp_call[m
 ``defined_by`` and ``dense`` make such rules.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -81,7 +82,8 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "sub": linear(1.0, -1.0),
         "neg": linear(-1.0),
         **dict.fromkeys(("convert_element_type", "copy", "name"), linear(1.0)),
-        **dict.fromkeys(("reduce_precision", "sharding_constraint"), linear(1.0)),
+        "reduce_precision": linear(1.0),
+        "sharding_constraint": dataclasses.replace(linear(1.0), own_jvp=True),
         "select_n": d.select,
         "clamp": d.clamp,
         "mul": d.mul,
