@@ -358,7 +358,7 @@ def _check_differentiable(chosen: Mapping[int, Any], argnums: int | Sequence[int
 
 def _remedy(dtype: Any) -> str:
     """What to do with a leaf that is not to be differentiated."""
-    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return (
             "Of a module, pass its parameters alone: with hesscale_jax.nnx for one of nnx, or "
             "split by equinox.partition for one of Equinox. Pass other data in arguments that "
