@@ -15,7 +15,7 @@ With `--paper`, the methods of the papers besides, on one example at a time:
 
     BL89                     Becker and LeCun's: the softmax as one more activation, entry by entry
     GGN-MC 1, 50             mean of so many squared gradients, of labels drawn from the model
-    |exact|                  the absolute value of the exact diagonal: what its signs are worth
+    absolute exact           the absolute value of the exact diagonal: what its signs are worth
 
 A model with a primitive that has no rule is in the table as `raises: <primitive>`, and the exit
 status is 1.
@@ -49,7 +49,7 @@ import hesscale_jax as hs
 
 WHOLE = "whole diagonal"
 EXACT = "exact"
-ABSOLUTE = "|exact|"
+ABSOLUTE = "absolute exact"
 HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
 COLUMNS = (
     *HESSCALE,
