@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-examples ## Train on handwritten digits: AdaHesScale beside Adam
+demo: $(VENV)/.installed-examples ## Train on handwritten digits: orthogonal_newton and AdaHesScale beside Adam
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests and the examples in docstrings

@@ -34,6 +34,11 @@ Params = digits.Params
 BITS = (2, 2.5, 3, 3.5, 4, 5)
 
 
+def load(smoke: bool) -> tuple[digits.Digits, digits.Digits]:
+    train, test = (digits.Digits(*map(jnp.asarray, data)) for data in digits.load())
+    return (digits.Digits(*(x[:40] for x in train)), test) if smoke else (train, test)
+
+
 # Laplace's approximation
 
 
@@ -63,11 +68,12 @@ def predictive(params: Params, variances: Params, images: Array) -> Array:
 
 
 def laplace(path: Path, smoke: bool) -> None:
-    train, test = (digits.Digits(*map(jnp.asarray, data)) for data in digits.load())
+    train, test = load(smoke)
     few = digits.Digits(*(part[:300] for part in train))
-    held_out = digits.Digits(*(jnp.concatenate([a[300:], b]) for a, b in zip(train, test)))  # noqa: B905
+    rest = [part[300:] for part in train]
+    held_out = digits.Digits(*map(jnp.concatenate, zip(rest, test, strict=True)))
     if smoke:
-        held_out = digits.Digits(*(part[:20] for part in held_out))
+        held_out = few
     init, training, noise = jax.random.split(jax.random.key(0), 3)
     params = pruning.train(pruning.loss, pruning.init(init), *few, 2 if smoke else 60, training)
     noisy = pruning.noisy(few.images, noise)  # As it was trained.
@@ -136,7 +142,7 @@ def handed_out(weights: list[Array], curvatures: list[Array], mean: float) -> li
 
 
 def bits(path: Path, smoke: bool) -> None:
-    train, test = (digits.Digits(*map(jnp.asarray, data)) for data in digits.load())
+    train, test = load(smoke)
     init, training, noise = jax.random.split(jax.random.key(0), 3)
     params = pruning.train(pruning.loss, pruning.init(init), *train, 2 if smoke else 60, training)
     noisy = pruning.noisy(train.images, noise), train.labels
@@ -208,8 +214,7 @@ def largest(params: Params, images: Array) -> Array:
 
 
 def sharpness(path: Path, smoke: bool) -> None:
-    train, _ = digits.load()
-    images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
+    (images, labels), _ = load(smoke)
     params = pruning.init(jax.random.key(0))
     solver = optax.sgd(0.1, momentum=0.9)
     state = solver.init(params)
