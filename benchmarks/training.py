@@ -37,6 +37,7 @@ without compilation and evaluation.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -204,7 +205,7 @@ class AllCNN(nnx.Module):
         widths = [3, *[width] * 3, *[2 * width] * 5, classes]
         self.layers = nnx.List(
             nnx.Conv(m, n, (size, size), strides=stride, rngs=rngs)
-            for (size, stride), m, n in zip(layers, widths, widths[1:], strict=True)
+            for (size, stride), (m, n) in zip(layers, itertools.pairwise(widths), strict=True)
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
