@@ -88,8 +88,9 @@ def optimizers(network: "Network", images: Array, steps: int) -> dict[str, Optim
     """The optimizers by name, for a run of so many steps.
 
     Each has one setting for all networks: orthogonal_newton its default rate, the others one that
-    was chosen on training images that were held out. `eps` is in units of curvature, and larger than the paper's 1e-8, with which a weight that has hardly
-    mattered so far may be thrown far away by the first batch in which it does.
+    was chosen on training images that were held out. `eps` is in units of curvature, and larger
+    than the paper's 1e-8, with which a weight that has hardly mattered so far may be thrown far
+    away by the first batch in which it does.
     """
     layouts = hs.layouts(lambda params: network.apply(params, images).mean())(network.params)
     newton = optax.warmup_cosine_decay_schedule(0.0, 2e-2, max(1, steps // 20), steps)
