@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-examples ## Train on handwritten digits: AdaHesScale beside Adam
+demo: $(VENV)/.installed-examples ## Train on handwritten digits: orthogonal_newton and AdaHesScale beside Adam
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests and the examples in docstrings
@@ -42,6 +42,7 @@ figures: $(VENV)/.installed-benchmarks ## Draw the pictures of the README and of
 	$(BIN)/python examples/second_order.py --problem mlp --output docs/figures/second_order_mlp.png
 	$(BIN)/python examples/digits.py --output docs/figures/digits.png
 	$(BIN)/python examples/pruning.py --output docs/figures/pruning.png
+	$(BIN)/python examples/continual.py --output docs/figures/continual.png
 
 dist: $(VENV)/.installed-dev ## Build wheel and sdist, check them, and run the README's example with the wheel alone
 	rm -rf dist $(VENV)-dist

@@ -334,6 +334,20 @@ QUALITY_TASKS = (
     }
 )
 
+# One example at a time, as in the papers: how networks and activations differ.
+PAPER_TASKS = {
+    f"{title}, {name}": mlp_task(1, *widths, activation=activation)
+    for title, widths in [
+        ("6-16-16-16-10", (6, 16, 16, 16, 10)),
+        ("6-64-64-64-10", (6, 64, 64, 64, 10)),
+        ("6-16 x 6-10", (6, *[16] * 6, 10)),
+    ]
+    for name, activation in (_ACTIVATIONS | {"elu": jax.nn.elu}).items()
+} | {
+    "CNN, max-pool relu": cnn_task(1, jax.nn.relu, nnx.max_pool),
+    "CNN, avg-pool tanh": cnn_task(1, jnp.tanh, nnx.avg_pool),
+}
+
 # Large enough for the arithmetic to dominate, but for the first, which the exact diagonal is for.
 COST_TASKS = {
     "mlp-32-tanh": mlp_task(128, 64, 32, 32, 10, activation=jnp.tanh),

@@ -11,12 +11,19 @@ as they are found in the field (`zoo.py`). Columns:
     grad squared             the square of the batch's gradient, as in Adam
     zero
 
+With `--paper`, the methods of the papers besides, on one example at a time:
+
+    BL89                     Becker and LeCun's: the softmax as one more activation, entry by entry
+    GGN-MC 1, 50             mean of so many squared gradients, of labels drawn from the model
+    absolute exact           the absolute value of the exact diagonal: what its signs are worth
+
 A model with a primitive that has no rule is in the table as `raises: <primitive>`, and the exit
 status is 1.
 
     python benchmarks/quality.py
     python benchmarks/quality.py --only GPT residual --seeds 3 --per-layer --output quality.md
     python benchmarks/quality.py --models --only GPT
+    python benchmarks/quality.py --paper --seeds 40
 """
 
 import argparse
@@ -33,7 +40,7 @@ import numpy as np
 import optax
 from hutchinson import value_and_hutchinson
 from jax.flatten_util import ravel_pytree
-from models import QUALITY_TASKS, Params, Task, cross_entropy
+from models import PAPER_TASKS, QUALITY_TASKS, Params, Task, cross_entropy
 from rich.progress import Progress
 from table import Table, console, output_path, write
 from zoo import ZOO, Model
@@ -42,11 +49,13 @@ import hesscale_jax as hs
 
 WHOLE = "whole diagonal"
 EXACT = "exact"
+ABSOLUTE = "absolute exact"
 HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
 COLUMNS = (
     *HESSCALE,
+    *("BL89", "GGN-MC 1", "GGN-MC 50"),
     *(f"Hutchinson {count}" for count in (1, 8, 50)),
-    *("exact GGN", "grad squared", "zero"),
+    *("exact GGN", "grad squared", ABSOLUTE, "zero"),
 )
 
 Errors = dict[str, float | str]  # by method; in place of an error, why there is none
@@ -133,6 +142,34 @@ def by_gradient(loss: Callable[..., jax.Array], params: Params, *batch: Any) -> 
     }
 
 
+def of_the_papers(
+    task: Task, counts: Sequence[int], key: jax.Array, params: Params, *batch: Any
+) -> Diagonals:
+    """Becker and LeCun's diagonal, and the Gauss-Newton diagonal by labels that are drawn."""
+    *inputs, labels = batch
+    logits = task.predict(params, *inputs)
+    (examples, _) = logits.shape
+    gradient = jax.grad(cross_entropy)(logits, labels)
+    # Of a softmax taken entry by entry, the loss is curved along the label's logit alone.
+    p, label = jax.nn.softmax(logits), jax.nn.one_hot(labels, logits.shape[-1])
+    curvature = label * p * (1 - p) / examples
+
+    def becker_lecun(params: Params) -> jax.Array:
+        shift = task.predict(params, *inputs) - logits
+        return jnp.sum(gradient * shift + curvature * shift**2 / 2)
+
+    def sample(key: jax.Array) -> Params:
+        drawn = jax.random.categorical(key, logits)
+        return jax.tree.map(lambda g: examples * g**2, jax.grad(task.loss)(params, *inputs, drawn))
+
+    samples = jax.lax.map(sample, jax.random.split(key, max(counts)))
+    _, diagonal = hs.hesscale(becker_lecun)(params)
+    return {"BL89": diagonal} | {
+        f"GGN-MC {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
+        for count in counts
+    }
+
+
 def absolute_sums(tree: Params) -> jax.Array:
     """The sum of the absolute entries of the whole tree, then of every leaf."""
     sums = jnp.stack([jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)])
@@ -145,6 +182,7 @@ def measure(
     counts: Sequence[int],
     seeds: int,
     advance: Callable[[], None],
+    paper: bool = False,
 ) -> dict[str, Errors]:
     """The mean errors over the seeds: of the whole diagonal and of each parameter, by method."""
     params, batch = subject.draw(0, jnp.float64)
@@ -165,6 +203,9 @@ def measure(
         by_method |= exact(*args)
         by_method |= by_gradient(subject.loss, *args)
         hessian = by_method.pop(EXACT)
+        if paper:
+            by_method |= of_the_papers(subject, counts, key, *args)
+            by_method[ABSOLUTE] = jax.tree.map(jnp.abs, hessian)
         return {
             name: absolute_sums(jax.tree.map(jnp.subtract, estimate, hessian))
             / absolute_sums(hessian)
@@ -207,7 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", action="store_true", help="whole models")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--models", action="store_true", help="whole models")
+    chosen.add_argument("--paper", action="store_true", help="the papers' networks and methods")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one")
     parser.add_argument("--seeds", type=int, help="10, or 3 of whole models")
     parser.add_argument("--per-layer", action="store_true", help="a table per model, by parameter")
@@ -217,9 +260,10 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+    tasks = PAPER_TASKS if options.paper else QUALITY_TASKS
     names = [
         name
-        for name in (ZOO if options.models else QUALITY_TASKS)
+        for name in (ZOO if options.models else tasks)
         if any(part in name for part in options.only)
     ]
     if not names:
@@ -232,9 +276,11 @@ def main() -> None:
                 subject = ZOO[name]()
                 exact, counts = functools.partial(exact_diagonal, subject.loss), (1, 8, 50)
             else:
-                subject = QUALITY_TASKS[name]
+                subject = tasks[name]
                 exact, counts = functools.partial(exact_diagonals, subject), (1, 50)
-            return measure(subject, exact, counts, seeds, lambda: progress.advance(bar))
+            return measure(
+                subject, exact, counts, seeds, lambda: progress.advance(bar), options.paper
+            )
 
         results = dict(zip(names, pool.map(measured, names), strict=True))
 

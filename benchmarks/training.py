@@ -12,6 +12,8 @@ and, only when asked for by name, with a few methods and rates:
     Q-learning             double DQN of a pole on a cart, 4-64-64-2, tanh; the missing share of
                            the return, over 64 starts
     character LM, 4 x 128  the character LM, wider and deeper
+    3C3D, All-CNN          the networks of DeepOBS and of the papers, on digits enlarged to 32 x 32,
+                           and the latter at a quarter of its width on 16 x 16
 
 Learning rates warm up over a twentieth of the steps and decay by a cosine. Every optimizer is
 trained with each rate of a grid over three decades, from the same starts on the same batches.
@@ -35,6 +37,7 @@ without compilation and evaluation.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -48,6 +51,7 @@ import cart_pole
 import jax
 import jax.numpy as jnp
 import matrix_peers
+import models
 import numpy as np
 import optax
 from flax import nnx
@@ -180,6 +184,41 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x).mean(axis=1))
+
+
+class Enlarged(nnx.Module):
+    """A network for larger images, in three channels."""
+
+    def __init__(self, network: nnx.Module, size: int) -> None:
+        self.network, self.size = network, size
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        shape = (len(images), self.size, self.size, 1)
+        return self.network(jnp.tile(jax.image.resize(images, shape, "linear"), 3))
+
+
+class AllCNN(nnx.Module):
+    """All-CNN-C (Springenberg et al., arXiv 1412.6806) without dropout: convolutions alone."""
+
+    def __init__(self, width: int, classes: int, rngs: nnx.Rngs) -> None:
+        layers = [(3, 1)] * 2 + [(3, 2)] + [(3, 1)] * 2 + [(3, 2), (3, 1), (1, 1), (1, 1)]
+        widths = [3, *[width] * 3, *[2 * width] * 5, classes]
+        self.layers = nnx.List(
+            nnx.Conv(m, n, (size, size), strides=stride, rngs=rngs)
+            for (size, stride), (m, n) in zip(layers, itertools.pairwise(widths), strict=True)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = nnx.relu(layer(x))
+        return nnx.relu(last(x)).mean(axis=(1, 2))
+
+
+def enlarged_task(build: Callable[[nnx.Rngs], nnx.Module], size: int) -> Task:
+    methods = BASELINE, "AdaHesScale", "AdaHesScaleGN"
+    task = digits_task(lambda rngs: Enlarged(build(rngs), size), 200)
+    return task._replace(rates=dict.fromkeys(methods, ADAM[1:4]))
 
 
 def digits_task(build: Callable[[nnx.Rngs], nnx.Module], steps: int) -> Task:
@@ -378,6 +417,10 @@ ASIDE: dict[str, Callable[[], Task]] = {
     "character LM, 4 x 128": lambda: char_lm_task(
         128, 4, 200, RATES | dict.fromkeys(PEERS, MATRIX[3:4])
     ),
+    "3C3D": lambda: enlarged_task(
+        lambda rngs: models.ThreeConvThreeDense(10, jax.nn.relu, rngs=rngs), 32
+    ),
+    "All-CNN": lambda: enlarged_task(lambda rngs: AllCNN(24, 10, rngs), 16),
 }
 
 # Training

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import COLOURS, Digits, Params, load
+from digits import Digits, Params, load
 from jax import Array
 from matplotlib.figure import Figure
 from pruning import accuracy, gauss_newton, hesscale, init, loss, noisy, squared_gradient, train
@@ -93,7 +93,7 @@ STYLES = {
     "L2": {"color": "black", "marker": "s"},
     "squared gradient": {"color": "#009E73", "marker": "v"},
     "exact Gauss-Newton": {"color": "#CC79A7", "marker": "^"},
-    "HesScaleGN": {"color": COLOURS["AdaHesScaleGN"], "marker": "D"},
+    "HesScaleGN": {"color": "#E69F00", "marker": "D"},
 }
 
 

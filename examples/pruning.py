@@ -174,7 +174,7 @@ STYLES = {
     "squared gradient": {"color": "#009E73"},
     "exact Gauss-Newton": {"color": "#CC79A7"},
     "HesScale": {"color": COLOURS["AdaHesScale"]},
-    "HesScaleGN": {"color": COLOURS["AdaHesScaleGN"]},
+    "HesScaleGN": {"color": "#E69F00"},
 }
 
 

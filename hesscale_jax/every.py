@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hesscale_jax.factors import value_and_factors
 from hesscale_jax.transform import value_and_hesscale
@@ -115,6 +116,11 @@ def alternating(
             _, (_, absent) = jax.eval_shape(curvature)
             return value, (grad, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), absent))
 
+        if not isinstance(step, int | np.integer | jax.Array):
+            raise TypeError(
+                "the number of the step comes first, before the loss's arguments, got "
+                f"{type(step).__name__}"
+            )
         if isinstance(step, int):
             return (*gradient(), False) if step % k else (*curvature(), True)
         refreshed = jnp.equal(step % k, 0)

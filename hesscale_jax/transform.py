@@ -142,6 +142,7 @@ def differentiated(
     ``tree`` is the structure of the list of the arguments to differentiate.
     """
     check_curvature(curvature)
+    check_loss_and_argnums(fun, argnums)
 
     @functools.wraps(fun)
     def differentiated_fun(*args: Any, **kwargs: Any) -> Any:
@@ -195,6 +196,7 @@ def traced(
     Returns:
       The program, the function that was traced, and the arguments to differentiate by position.
     """
+    check_loss_and_argnums(fun, argnums)
     chosen = {i: args[i] for i in positions(argnums, len(args))}
     leaves, tree = jax.tree.flatten(list(chosen.values()))
     _check_differentiable(chosen, argnums)
@@ -308,6 +310,22 @@ def check_curvature(curvature: str) -> None:
         raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
 
 
+def check_loss_and_argnums(fun: Any, argnums: Any) -> None:
+    """Raise ``TypeError`` for the loss's value in place of the loss, or parameters beside it."""
+    if not callable(fun):
+        raise TypeError(
+            f"hesscale takes the loss itself, a function, got {type(fun).__name__}. Write "
+            "hesscale(loss)(params, ...), not hesscale(loss(params, ...))."
+        )
+    each = argnums if isinstance(argnums, Sequence) else (argnums,)
+    if not all(isinstance(argnum, int) for argnum in each):
+        raise TypeError(
+            f"argnums must be an int or a sequence of ints, got {type(argnums).__name__}. For the "
+            "parameters themselves, write hesscale(loss)(params, ...), not "
+            "hesscale(loss, params, ...)."
+        )
+
+
 def pair(result: Any) -> tuple[Any, Any]:
     """The result of a loss with auxiliary data; raises ``TypeError`` if it is no pair."""
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -322,8 +340,6 @@ def positions(argnums: int | Sequence[int], count: int) -> list[int]:
     """The differentiated arguments among ``count`` positional ones."""
     found: list[int] = []
     for argnum in (argnums,) if isinstance(argnums, int) else tuple(argnums):
-        if not isinstance(argnum, int):
-            raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}")
         if not -count <= argnum < count:
             raise ValueError(
                 f"differentiating with respect to argnums={argnums} requires more positional "
@@ -348,13 +364,36 @@ def _check_differentiable(chosen: Mapping[int, Any], argnums: int | Sequence[int
                 described = type(leaf).__name__ if dtype is None else f"dtype {dtype.name}"
                 raise TypeError(
                     "hesscale requires real floating-point inputs to differentiate, got "
-                    f"{described} at args[{i}]{jax.tree_util.keystr(path)}. Pass integers and "
-                    "other data in arguments that argnums leaves out."
+                    f"{described} at args[{i}]{jax.tree_util.keystr(path)}. {_remedy(dtype)}"
                 )
+
+
+def _remedy(dtype: Any) -> str:
+    """What to do with a leaf that is not to be differentiated."""
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return (
+            "Of a module, pass its parameters alone: with hesscale_jax.nnx for one of nnx, or "
+            "split by equinox.partition for one of Equinox. Pass other data in arguments that "
+            "argnums leaves out."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (
+            "Pass the real and the imaginary part as two real arrays, and join them in the loss "
+            "with jax.lax.complex."
+        )
+    return (
+        "If it is a parameter, make it floating point with .astype(float); if it is data, or a "
+        "module's counter, pass it in an argument that argnums leaves out. hesscale_jax.nnx does "
+        "that for modules of nnx."
+    )
 
 
 def _check_loss(loss: Any) -> None:
     dtype = _dtype(loss)
+    if loss is None:
+        raise TypeError(
+            "hesscale requires a loss that returns a real scalar, got None. Does it lack a return?"
+        )
     if dtype is None:
         raise TypeError(
             f"hesscale requires a loss that returns a real scalar, got {type(loss).__name__}. "
@@ -362,12 +401,15 @@ def _check_loss(loss: Any) -> None:
         )
     if jnp.shape(loss):
         raise TypeError(
-            f"hesscale requires a loss that returns a scalar, got shape {jnp.shape(loss)}. "
-            "Reduce it, with jnp.mean say."
+            f"hesscale requires a loss that returns a scalar, got shape {jnp.shape(loss)}. If "
+            "that is one loss per example, return their jnp.mean; for the diagonal of each, map "
+            "the transformed function: jax.vmap(hesscale(loss), in_axes=(None, 0))."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
+        of_complex = jnp.issubdtype(dtype, jnp.complexfloating)
         raise TypeError(
-            f"hesscale requires a loss that returns a real scalar, got dtype {dtype.name}"
+            f"hesscale requires a loss that returns a real scalar, got dtype {dtype.name}. "
+            + ("Return its .real, or jnp.abs of it." if of_complex else "It has no derivative.")
         )
 
 

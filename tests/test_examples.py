@@ -67,7 +67,7 @@ def test_digits_trains_every_network_with_every_optimizer(tmp_path):
     assert [tuple(row[:3]) for row in rows] == [
         (*network, optimizer)
         for network in [("MLP", "nnx"), ("CNN", "linen")]
-        for optimizer in ["Adam", "AdaHesScale", "AdaHesScaleGN"]
+        for optimizer in ["Adam", "AdaHesScale", "orthogonal_newton"]
     ]
     for *run, first_loss, final_loss, accuracy, _, _ in rows:
         # Two epochs take it from 2.4 to 0.3 or less, and the accuracy from 10 % to more than 90 %.

@@ -14,7 +14,13 @@ FIGURES = REPOSITORY / "docs" / "figures"
 SCRIPTS = sorted(FIGURES.glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def marks(script: Path) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if script.stem == "uses" else []
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(path, id=path.stem, marks=marks(path)) for path in SCRIPTS]
+)
 def test_a_script_draws_the_pictures_that_it_names(script, tmp_path):
     for package in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(package)

@@ -459,7 +459,7 @@ def test_a_rule_must_return_moments(returned, says):
         ),
         (lambda p: jnp.argmax(p), normal(3), TypeError, "real scalar, got dtype int64"),
         (lambda p: (jnp.sum(p), 1), normal(3), TypeError, "got tuple.* has_aux=True"),
-        (lambda p: None, normal(3), TypeError, "real scalar, got NoneType"),
+        (lambda p: None, normal(3), TypeError, "real scalar, got None"),
     ],
 )
 def test_unfit_arguments_and_losses(fun, arg, error, says):

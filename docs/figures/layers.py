@@ -69,10 +69,10 @@ def trained(steps: int) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     return params, x, labels
 
 
-def off_the_diagonal(
+def blocks_by_layer(
     params: list[jax.Array], x: jax.Array, labels: jax.Array
-) -> tuple[list[float], list[float]]:
-    """The share in the coordinates and in the basis, for each layer; the mean over its outputs."""
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The curvature of each output's weights, (outputs, inputs, inputs), and the inputs' basis."""
 
     def with_offsets(offsets: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         h, inputs = x, []
@@ -86,10 +86,19 @@ def off_the_diagonal(
     zeros = [jnp.zeros((len(x), w.shape[1])) for w in params]
     transform = hs.hesscale(with_offsets, has_aux=True, curvature="gauss_newton")
     (_, curvatures), inputs = transform(zeros)
-    coordinates, basis = [], []
+    found = []
     for rows, h in zip(inputs, curvatures, strict=True):
         blocks = jnp.einsum("ni,nj,nk->kij", rows, rows, h)
-        _, v = jnp.linalg.eigh(blocks.sum(0))
+        found.append((blocks, jnp.linalg.eigh(blocks.sum(0))[1]))
+    return found
+
+
+def off_the_diagonal(
+    params: list[jax.Array], x: jax.Array, labels: jax.Array
+) -> tuple[list[float], list[float]]:
+    """The share in the coordinates and in the basis, for each layer; the mean over its outputs."""
+    coordinates, basis = [], []
+    for blocks, v in blocks_by_layer(params, x, labels):
         for found, each in ((coordinates, blocks), (basis, v.T @ blocks @ v)):
             whole = jnp.sum(each**2, (1, 2))
             diagonal = jnp.sum(jnp.diagonal(each, axis1=1, axis2=2) ** 2, 1)

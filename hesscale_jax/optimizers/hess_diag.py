@@ -30,9 +30,11 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
     if hess_diag is None:
         raise TypeError(
             f"{who} needs the extra argument 'hess_diag': call "
-            "update(updates, state, params, hess_diag=...) with the diagonal of the Hessian, for "
-            "example from hesscale_jax.hesscale. If you do pass it, some wrapper on the way does "
-            "not hand extra arguments on."
+            "update(grad, state, params, hess_diag=hess_diag) with what "
+            "grad, hess_diag = hesscale_jax.hesscale(loss)(params, ...) returns, and likewise "
+            "nnx.Optimizer.update and apply_gradients of hesscale_jax.linen.TrainState. If you do "
+            "pass it, some wrapper on the way does not hand extra arguments on: Flax's own "
+            "TrainState is one."
         )
 
     def is_masked(node: Any) -> bool:
@@ -47,8 +49,7 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
         jax.tree.map(lambda h, u: None, matched, updates)  # Raises if `hess_diag` goes deeper.
     except ValueError as error:
         raise ValueError(
-            "'hess_diag' has a different structure from 'updates': "
-            f"{jax.tree.structure(hess_diag)} against {jax.tree.structure(updates)}"
+            f"'hess_diag' has a different structure from 'updates': {apart(hess_diag, updates)}"
         ) from error
 
     for (path, u), h in zip(
@@ -61,6 +62,24 @@ def match(hess_diag: optax.Updates | None, updates: optax.Updates, who: str) -> 
                 f"hess_diag{at} is {jnp.shape(h)}, updates{at} is {jnp.shape(u)}"
             )
     return matched
+
+
+def apart(hess_diag: Any, updates: Any) -> str:
+    """In which leaves two trees differ, and the likely reason."""
+    if isinstance(hess_diag, tuple) != isinstance(updates, tuple):
+        return (
+            "one of them is a tuple. hesscale returns (grad, hess_diag), and value_and_hesscale "
+            "(value, (grad, hess_diag)): take them apart first."
+        )
+    here, there = (
+        [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+        for tree in (hess_diag, updates)
+    )
+    missing, surplus = ([x for x in a if x not in b] for a, b in ((there, here), (here, there)))
+    if not missing and not surplus:
+        return f"{jax.tree.structure(hess_diag)} against {jax.tree.structure(updates)}"
+    lacks = [f"it lacks {', '.join(missing[:3])}"] * bool(missing)
+    return "; ".join(lacks + [f"it has {', '.join(surplus[:3])} besides"] * bool(surplus))
 
 
 def is_vector(tree: Any) -> bool:

@@ -209,10 +209,10 @@ def _factors(factors: Any, updates: optax.Updates) -> list[Factors]:
     """One for each of the updates."""
     if factors is None:
         raise TypeError(
-            "scale_by_orthogonal_newton needs the extra argument 'factors': call "
-            "update(updates, state, params, factors=...) with those of "
-            "hesscale_jax.value_and_factors. If you do pass it, some wrapper on the way does not "
-            "hand extra arguments on."
+            "scale_by_orthogonal_newton needs the extra argument 'factors', not 'hess_diag': call "
+            "update(grad, state, params, factors=factors) with what "
+            "value, (grad, factors) = hesscale_jax.value_and_factors(loss)(params, ...) returns. "
+            "If you do pass it, some wrapper on the way does not hand extra arguments on."
         )
 
     def is_leaf(node: Any) -> bool:
