@@ -300,7 +300,7 @@ def label(eqn: Equation) -> str:
     match eqn.name:
         case "custom_jvp_call" | "custom_vjp_call":
             name = _wrapped(eqn) or _name(eqn)
-        case "pallas_call":
+        case "pallas_call" | "region":
             name = eqn.params["name"]
         case "ffi_call":
             name = eqn.params["target_name"]
@@ -383,11 +383,45 @@ def pure(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, li
 
 def holds_callback(params: dict[str, Any]) -> bool:
     """Whether Python is called anywhere within the jaxprs of an equation."""
+    return any("callback" in eqn.primitive.name for eqn in _equations(params))
+
+
+def holds_custom_vjp(params: dict[str, Any]) -> bool:
+    """Whether a function without a forward derivative is called within an equation's jaxprs."""
+    return any(eqn.primitive.name == "custom_vjp_call" for eqn in _equations(params))
+
+
+def holds_name(name: str, params: dict[str, Any]) -> bool:
+    """Whether ``checkpoint_name`` gives a value this name within the jaxprs of an equation."""
     return any(
-        "callback" in eqn.primitive.name or holds_callback(eqn.params)
-        for jaxpr in core.jaxprs_in_params(params)
-        for eqn in jaxpr.eqns
+        eqn.primitive.name == "name" and eqn.params["name"] == name for eqn in _equations(params)
     )
+
+
+def _equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:
+    """The equations of the jaxprs among parameters, and of those within."""
+    for jaxpr in core.jaxprs_in_params(params):
+        for eqn in jaxpr.eqns:
+            yield eqn
+            yield from _equations(eqn.params)
+
+
+def with_constants(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """A jaxpr that takes what it closes over as its first operands, and what that is."""
+    count = len(closed.consts)
+
+    def function(*operands: Any) -> list[Any]:
+        given = core.ClosedJaxpr(closed.jaxpr, operands[:count])
+        return core.jaxpr_as_fun(given)(*operands[count:])
+
+    if not count:
+        return closed, []
+    return trace(function, *closed.consts, *closed.in_avals), list(closed.consts)
+
+
+def hide_frames(file: str) -> None:
+    """Leave the frames of a file out of where the user wrote an equation."""
+    source_info_util.register_exclusion(file)
 
 
 def complex_primitive(eqn: Equation) -> str | None:

@@ -273,7 +273,7 @@ class _Explanation:
         reason = None if unit.block is not None else _missing(rule)
         return Step(
             rule=NO_RULE if reason else "block" if unit.block is not None else _family(first, rule),
-            primitives=tuple(eqn.name for eqn in unit.equations),
+            primitives=tuple(map(_primitive, unit.equations)),
             results=tuple(map(_described, unit.results)),
             lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
             library=next(filter(None, map(_library_line, unit.equations)), ""),
@@ -476,6 +476,11 @@ def _family(eqn: Equation, rule: Any) -> str:
         return eqn.name
     name = getattr(rule, "__name__", type(rule).__name__)
     return name if rule.__module__.startswith(OURS) else f"{YOURS} {name}"
+
+
+def _primitive(eqn: Equation) -> str:
+    """The name of an equation's primitive; a region's has that of its function."""
+    return _jaxpr.label(eqn) if eqn.name == "region" else eqn.name
 
 
 def _titles(eqn: Equation) -> list[str]:

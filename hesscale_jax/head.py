@@ -21,9 +21,10 @@ it if no entry comes after.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value
 
-__all__ = ["MODEL_OUTPUT", "LossHead", "names_output"]
+__all__ = ["MODEL_OUTPUT", "LossHead", "check_regions", "names_output"]
 
 MODEL_OUTPUT = "model_output"
 
@@ -144,6 +145,19 @@ class LossHead:
 def names_output(program: Program) -> bool:
     """Whether a program, or one within it, names its model's output."""
     return any(map(_names_output, program.equations))
+
+
+def check_regions(program: Program) -> None:
+    """Raise if the model ends within a region, which belongs to the model or to the head."""
+    for eqn in program.equations:
+        if eqn.name == "region" and _jaxpr.holds_name(MODEL_OUTPUT, eqn.params):
+            raise ValueError(
+                f"the region {eqn.params['name']!r} (used at {_jaxpr.location(eqn)}) names its "
+                f"{MODEL_OUTPUT!r} inside, so that Gauss-Newton would start in the middle of it. "
+                "Name the output outside of the region, or end the region there."
+            )
+        for body in eqn.bodies:
+            check_regions(body.program)
 
 
 def _names_output(eqn: Equation) -> bool:

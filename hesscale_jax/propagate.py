@@ -15,7 +15,7 @@ from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.forms import Reader, variance
-from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.head import LossHead, check_regions, names_output
 from hesscale_jax.images import Images, Needs, Part
 from hesscale_jax.layout import arrivals, reads
 from hesscale_jax.loops import LoopArithmetic
@@ -59,6 +59,7 @@ def propagate(
     steps = plan(program, moving, program.outputs[:1], lambda eqn: find(rules, eqn))
     head = None
     if curvature == "gauss_newton":
+        check_regions(program)
         named = names_output(program)
         head = LossHead(program, steps.rules, affine_in(steps), moving, named=named)
     last = program.outputs[:1]
@@ -94,6 +95,7 @@ class _Walk:
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
         self._kept: Container[Value] = ()  # what is read, in its block, when all has run
+        self.place: tuple[int, ...] = ()  # of the equation that runs the program
 
     def run(self) -> list[Moments]:
         self._run(self._program.equations, None)
@@ -110,6 +112,10 @@ class _Walk:
             for eqn, position, axes in arrivals(readers, value, x.spread.axes):
                 arriving[eqn][position] = dataclasses.replace(x.spread, axes=axes)
         return arriving
+
+    def number(self, eqn: Equation) -> int:
+        """Where an equation stands in the program."""
+        return self._program.equations.index(eqn)
 
     def curved(self, eqn: Equation) -> bool:
         """Whether second derivatives are kept at an equation."""
@@ -370,12 +376,19 @@ class Recursion:
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         leaves = walk.images.leaves_within(self._eqn, body)
         last = walk.images.last_within(self._eqn, body, steps)
-        return _Walk(program, operands, steps, walk.rules, head, True, leaves, last).run()
+        inner = _Walk(program, operands, steps, walk.rules, head, True, leaves, last)
+        inner.place = self.place
+        return inner.run()
 
     def through(self, program: Program, operands: Sequence[Moments]) -> list[Moments]:
         """Push moments through any program, all of whose outputs' spreads are asked for."""
         steps = plan(program, _moving(program, operands), program.outputs, self._find)
         return _Walk(program, operands, steps, self._walk.rules, None, True, (), ()).run()
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """The equation's number in its program, after those of the equations that run that."""
+        return (*self._walk.place, self._walk.number(self._eqn))
 
     @property
     def policy(self) -> "KeepsCostly":
