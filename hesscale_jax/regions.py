@@ -147,7 +147,7 @@ def _region(fun: Callable[..., Any], how: Exact | Sampled, *more: Any) -> Callab
     def region(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         leaves = list(map(jnp.asarray, leaves))
-        results = []
+        results: list[Any] = []
 
         def of_leaves(*leaves: Any) -> list[Any]:
             args, kwargs = jax.tree.unflatten(tree, leaves)
@@ -158,8 +158,8 @@ def _region(fun: Callable[..., Any], how: Exact | Sampled, *more: Any) -> Callab
         jaxpr, constants = _jaxpr.with_constants(_jaxpr.trace(of_leaves, *leaves))
         if jaxpr.effects:
             raise TypeError(
-                f"{name} has effects, which a region would repeat or mix: {set(jaxpr.effects)}. "
-                "Take prints, mutable arrays and collectives out of the region."
+                f"{name} has effects, {', '.join(map(str, jaxpr.effects))}, which a region would "
+                "repeat. Take prints, mutable arrays and collectives out of it."
             )
         params = {"jaxpr": jaxpr, "layers": (), "how": how, "name": name}
         found = REGION.bind(*constants, *leaves, *more, **params)

@@ -336,8 +336,8 @@ class _Page:
         if not rows:
             return []
         return [
-            "Functions of whole matrices, each by itself; hesscale_jax.exact around what they",
-            "compute together, a decorator, keeps the terms between them (or hesscale_jax.sampled):",
+            "Functions of whole matrices, each by itself. A decorator around what they compute",
+            "together, hesscale_jax.exact or hesscale_jax.sampled, keeps the terms between them:",
             *aligned(rows),
         ]
 

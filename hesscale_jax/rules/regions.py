@@ -104,7 +104,7 @@ def _by_rows(fun: Function, xs: Sequence[Any], ys: Sequence[Any], spreads: Seque
             jnp.tensordot(r.astype(v.dtype) ** 2, v, v.ndim)
             for r, v in zip(rows, spreads, strict=True)
         ]
-        found.append(sum(parts).reshape(y.shape))
+        found.append(jnp.reshape(sum(parts), y.shape))
     return Given(found, [])
 
 
@@ -211,7 +211,7 @@ def _size(values: Sequence[Any]) -> int:
 
 
 def _choose(eqn: Equation, find: Find) -> Any:
-    """By the dense derivatives of the function as a whole, or by random signs: `exact`, `sampled`."""
+    """By the derivatives of the function as a whole, or by random signs: `exact`, `sampled`."""
     if any(is_complex(v.aval) for v in eqn.outputs):
         return ComplexValues("complex results", curable=False)
     return exact if isinstance(eqn.params["how"], Exact) else sampled
