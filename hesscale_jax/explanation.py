@@ -33,7 +33,7 @@ from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.multilinear import multilinear
 from hesscale_jax.rules.selection import Selection
 from hesscale_jax.rules.table import Unsupported, find
-from hesscale_jax.transform import check_curvature, of_shapes, traced
+from hesscale_jax.transform import CURVATURES, EXACT, check_curvature, of_shapes, traced
 
 __all__ = ["explain"]
 
@@ -89,7 +89,7 @@ def explain(
       w is read by (0, 2) and meets in 2
       f32[5,3] is read by (2, 3) and meets in 3
     """
-    check_curvature(curvature)
+    check_curvature(curvature, (*CURVATURES, *EXACT))
 
     def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
         program, _, chosen = traced(fun, argnums, has_aux, args, kwargs, rules)
@@ -128,7 +128,7 @@ def _explained(
     named = names_output(program)
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
-    marked = curvature == "gauss_newton"
+    marked = curvature != "hessian"
     images = Images(steps, program.inputs, program.outputs[:1])
     report = _Explanation(program, steps, images, head, names, rule, marked).report(title)
     found = layouts(program, program.outputs[:1], rule, program.inputs)

@@ -131,6 +131,10 @@ class LossHead:
     def _is_entry(self, eqn: Equation) -> bool:
         return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
 
+    def is_parameter_like(self, value: Value) -> bool:
+        """Whether a value is computed of parameters alone."""
+        return value in self._like
+
     def is_affine_in(self, value: Value) -> bool:
         """Whether the loss is an affine function of the value."""
         return value not in self._bent and self.tail.issuperset(self._readers[value])

@@ -28,7 +28,7 @@ from hesscale_jax.rules.multilinear import met, multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Scatter, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
 
-__all__ = ["affine_in", "propagate"]
+__all__ = ["Kept", "affine_in", "propagate"]
 
 # Besides what is pointwise or a view: primitives as cheap to compute again as to read.
 CHEAP = frozenset({"concatenate", "iota", "pad", "slice", "split", "transpose", "unstack"})
@@ -36,11 +36,22 @@ CHEAP |= {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "custom_jvp_ca
 CHEAP |= {"complex", "fft"}  # the results are complex
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The equations at which second derivatives are kept, with all that is inside of them."""
+
+    equations: frozenset[Equation]
+
+    def inside(self, eqn: Equation, *_: Any) -> "Kept | None":
+        """Where they are kept in a program that an equation runs; everywhere if ``None``."""
+        return None if eqn in self.equations else Kept(frozenset())
+
+
 def propagate(
     program: Program,
     operands: Sequence[Moments],
     rules: Mapping[Any, Any],
-    curvature: str = "hessian",
+    curvature: str | Kept = "hessian",
     spreads: bool = False,
 ) -> list[Moments]:
     """Push moments through a program.
@@ -49,7 +60,8 @@ def propagate(
       program: The program.
       operands: One per input.
       rules: The rule of each primitive, by the primitive or its name.
-      curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives in the head alone.
+      curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives in the head alone,
+        or the equations to keep them at.
       spreads: Whether the loss's spread is asked for too.
 
     Returns:
@@ -57,7 +69,7 @@ def propagate(
     """
     moving = _moving(program, operands)
     steps = plan(program, moving, program.outputs[:1], lambda eqn: find(rules, eqn))
-    head = None
+    head: LossHead | Kept | None = curvature if isinstance(curvature, Kept) else None
     if curvature == "gauss_newton":
         check_regions(program)
         named = names_output(program)
@@ -78,7 +90,7 @@ class _Walk:
         operands: Sequence[Moments],
         steps: Plan,
         rules: Mapping[Any, Any],
-        head: LossHead | None,
+        head: LossHead | Kept | None,
         spreads: bool,
         leaves: Iterable[Value],
         last: Iterable[Value],
