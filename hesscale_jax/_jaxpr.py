@@ -480,6 +480,7 @@ def flatten(
     effects: bool = True,
     apart: bool = True,
     ruled: Container[Any] = (),
+    unroll: int = 0,
 ) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
@@ -487,10 +488,10 @@ def flatten(
     equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
     rule of its own that acts entry by entry stands there once for each result, if they are to be
     taken ``apart``; one that mixes entries stands there as its rule says, unless its label is among
-    the ``ruled``.
+    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    builder = _Builder(inputs, apart, ruled)
+    builder = _Builder(inputs, apart, ruled, unroll=unroll)
     outputs = builder.inline(closed, inputs, callers)
     last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
@@ -503,9 +504,15 @@ class _Builder:
     """Collects equations, one for each distinct computation."""
 
     def __init__(
-        self, inputs: Sequence[Value], apart: bool, ruled: Container[Any] = (), order: int = 2
+        self,
+        inputs: Sequence[Value],
+        apart: bool,
+        ruled: Container[Any] = (),
+        order: int = 2,
+        unroll: int = 0,
     ) -> None:
         self.equations: list[Equation] = []
+        self._unroll = unroll
         self._ruled = ruled
         self._order = order  # of the derivatives that are due
         self._inputs = frozenset(inputs)
@@ -627,6 +634,8 @@ class _Builder:
         if not isinstance(length, int) or not length or eqn.effects:
             return False
         closed = _closed(eqn.params["jaxpr"])
+        if sum(1 for _ in _equations(eqn.params)) * length <= self._unroll:
+            return True
         if len(eqn.outvars) == len(carry) and not _chooses(closed):
             return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]

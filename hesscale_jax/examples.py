@@ -37,7 +37,7 @@ class Along(NamedTuple):
 
 
 class Examples:
-    """A part of a loss and the model that leads to it, as computed for each example by itself.
+    """A model, as it is computed for each example of a batch by itself.
 
     Attributes:
       count: How many examples there are.
@@ -45,170 +45,184 @@ class Examples:
     """
 
     def __init__(
-        self,
-        program: Program,
-        steps: Plan,
-        model: Iterable[Equation],
-        part: Any,
-        count: int,
-        mixed: Equation | None = None,
+        self, program: Program, steps: Plan, count: int, mixed: Equation | None = None
     ) -> None:
-        """The analysis for ``count`` examples along the leading axis of the part's outputs.
+        """The analysis for ``count`` examples along the leading axis of the outputs.
 
         Raises:
           Mixed: They are not computed each by itself.
         """
-        self._steps = steps
         self.count = count
         self.mixed = mixed
-        self._at: dict[Value, Along | None] = {}
-        self._read: dict[Equation, list[Along | None]] = {}
-        if count == 1:
-            return
-        for v in part.outputs:
-            self._at[v] = Along(0, v.shape[0] // count)
-        for eqn in part.equations:
-            self._forward(eqn)
-        for eqn in reversed(list(model)):
+        self.program = program
+        self.steps = steps
+        self.at: dict[Value, Along | None] = {}
+        self.read: dict[Equation, list[Along | None]] = {}
+        self._equations = [eqn for eqn in program.equations if eqn in steps.rules]
+        for v in program.outputs if count > 1 else ():
+            self._demand(v, Along(0, v.shape[0] // count), self._equations[-1])
+        for eqn in reversed(self._equations) if count > 1 else ():
             self._back(eqn)
-        for eqn in steps.rules:
-            if any(v in program.inputs and self._at.get(v) for v in eqn.inputs):
-                raise Mixed(eqn)  # Each example has parameters of its own.
-
-    def _forward(self, eqn: Equation) -> None:
-        """Find where the results of an equation of the loss hold the examples."""
-        active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
-        expected = [self._at[eqn.inputs[i]] for i in active]
-        for v in eqn.outputs:
-            for axis, n in enumerate(v.shape):
-                if n % self.count:
-                    continue
-                found = self._reads(eqn, Along(axis, n // self.count))
-                if found is not None and [found[i] for i in active] == expected:
-                    self._at[v] = Along(axis, n // self.count)
-                    break
-            else:
-                raise Mixed(eqn)
 
     def _back(self, eqn: Equation) -> None:
-        """Find where the operands of an equation of the model hold the examples."""
-        demanded = {self._at[v] for v in eqn.outputs if v in self._at}
+        """Find where the operands of an equation hold the examples."""
+        demanded = {self.at[v] for v in eqn.outputs if v in self.at}
         if len(demanded) != 1:
             raise Mixed(eqn)
         (at,) = demanded
-        read = [None] * len(eqn.inputs) if at is None else self._reads(eqn, at)
+        read: Reads = [None] * len(eqn.inputs)
+        if at is not None:
+            read = reads(self.steps, eqn, at, self.count)
         if read is None:
             raise Mixed(eqn)
-        self._read[eqn] = read
+        self.read[eqn] = read
         for v, where in zip(eqn.inputs, read, strict=True):
-            if v in self._steps.active and self._at.setdefault(v, where) != where:
-                raise Mixed(eqn)
+            if v in self.steps.active:
+                self._demand(v, where, eqn)
         for v in eqn.outputs:
-            self._at.setdefault(v, at)
+            self.at.setdefault(v, at)
 
-    def _reads(self, eqn: Equation, at: Along) -> list[Along | None] | None:
-        """Which entries of each operand one example's result is computed of.
+    def _demand(self, value: Value, at: Along | None, eqn: Equation) -> None:
+        own = at is not None and value in self.program.inputs
+        if own or self.at.setdefault(value, at) != at:
+            raise Mixed(eqn)
 
-        ``None`` for the whole of it, and in place of the list if that is not known.
-        """
-        if isinstance(self._steps.rules[eqn], Pointwise):
-            n = at.width * self.count
-            return [at if v.shape and v.shape[at.axis] == n else None for v in eqn.inputs]
-        find = READS.get(eqn.name)
-        return find(eqn, at, self.count) if find is not None else None
+    def check(self, steps: Plan, equations: Iterable[Equation], outputs: Iterable[Value]) -> None:
+        """Raise ``Mixed`` where equations of the loss do not take each example by itself."""
+        held = {v: Along(0, v.shape[0] // self.count) for v in outputs}
+        for eqn in equations:
+            active = [i for i, v in enumerate(eqn.inputs) if v in steps.active]
+            for v in eqn.outputs:
+                axes = [axis for axis, n in enumerate(v.shape) if n % self.count == 0]
+                for at in (Along(axis, v.shape[axis] // self.count) for axis in axes):
+                    read = reads(steps, eqn, at, self.count)
+                    if read and all(read[i] == held[eqn.inputs[i]] for i in active):
+                        held[v] = at
+                        break
+                else:
+                    raise Mixed(eqn)
 
-    def split(self, model: Sequence[Equation], values: Mapping[Value, Any]) -> Any:
-        """What differs between the examples, along a leading axis of them.
-
-        For each equation of the model: slopes of what is pointwise, else operands.
-        """
-        found = []
-        for eqn in model:
-            read = self._read.get(eqn, [None] * len(eqn.inputs))
-            primals = [_value(v, values) for v in eqn.inputs]
-            if self.count == 1 or not any(read):
-                found.append([])
-            elif isinstance(self._steps.rules[eqn], Pointwise):
-                at = self._at[eqn.outputs[0]]
-                slopes = self._slopes(eqn, primals)
-                found.append([self._leading(s, at) for s in slopes])
-            else:
-                pairs = zip(primals, read, strict=True)
-                found.append([self._leading(x, at) for x, at in pairs if at is not None])
-        return found
-
-    def _slopes(self, eqn: Equation, primals: list[Any]) -> list[Any]:
-        """The derivative of each entry of a pointwise result in those of each moving operand."""
-        slopes = []
-        for i in self._moving(eqn):
-            tangents = [jnp.ones_like(x) if k == i else None for k, x in enumerate(primals)]
-            slopes.append(push(eqn, primals, tangents)[0])
-        return slopes
-
-    def _moving(self, eqn: Equation) -> list[int]:
-        return [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
+    def linearised(self, values: Mapping[Value, Any]) -> "Linear":
+        """The derivative of the outputs of each example in the inputs of the program."""
+        equations: list[_Pointwise | _Other] = []
+        for eqn in self._equations:
+            read = self.read.get(eqn, [None] * len(eqn.inputs))
+            moving = [i for i, v in enumerate(eqn.inputs) if v in self.steps.active]
+            primals = [v.value if isinstance(v, Constant) else values[v] for v in eqn.inputs]
+            at = self.at.get(eqn.outputs[0])
+            if at and isinstance(self.steps.rules[eqn], Pointwise):
+                slopes = [self._leading(_slope(eqn, primals, i), at) for i in moving]
+                equations.append(_Pointwise(eqn, moving, slopes))
+                continue
+            pairs = list(zip(primals, read, strict=True))
+            own = [self._leading(x, at) for x, at in pairs if at]
+            shared = [None if at else x for x, at in pairs]
+            equations.append(_Other(eqn, moving, own, shared, changes(eqn, at, read)))
+        return Linear(self.program, equations)
 
     def _leading(self, x: Any, at: Along) -> Any:
-        x = jnp.asarray(x)
+        """The entries of each example, along a leading axis of examples."""
         shape = (*x.shape[: at.axis], self.count, at.width, *x.shape[at.axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), at.axis, 0)
-
-    def pushed(
-        self,
-        model: Sequence[Equation],
-        values: Mapping[Value, Any],
-        example: Any,
-        tangents: dict[Value, Any],
-    ) -> dict[Value, Any]:
-        """Tangents of all values of an example, from those of the parameters."""
-        for eqn, arrays in zip(model, example, strict=True):
-            moving = [i for i in self._moving(eqn) if eqn.inputs[i] in tangents]
-            if not moving:
-                continue
-            steps = [tangents[eqn.inputs[i]] for i in moving]
-            if arrays and isinstance(self._steps.rules[eqn], Pointwise):
-                slopes = [s for i, s in zip(self._moving(eqn), arrays, strict=True) if i in moving]
-                pairs = zip(slopes, steps, strict=True)
-                tangents[eqn.outputs[0]] = sum(s * d.astype(s.dtype) for s, d in pairs)
-                continue
-            read = self._read.get(eqn, [None] * len(eqn.inputs))
-            own = iter(arrays)
-            primals = [
-                _value(v, values) if at is None else next(own)
-                for v, at in zip(eqn.inputs, read, strict=True)
-            ]
-            changes = self._changes(eqn)
-
-            def of_moving(*xs: Any, eqn: Any = eqn, moving: Any = moving, changes: Any = changes, primals: Any = primals) -> Any:
-                replaced = list(primals)
-                for i, x in zip(moving, xs, strict=True):
-                    replaced[i] = x
-                return _jaxpr.listed(_jaxpr.bind(eqn, *replaced, **changes), eqn)
-
-            start = tuple(primals[i] for i in moving)
-            _, pushed = jax.jvp(of_moving, start, tuple(steps))
-            pairs = zip(eqn.outputs, pushed, strict=True)
-            tangents.update({v: d for v, d in pairs if _jaxpr.is_inexact(v)})
-        return tangents
-
-    def _changes(self, eqn: Equation) -> dict[str, Any]:
-        """The parameters that hold the shape of a result, for one example."""
-        at = self._at.get(eqn.outputs[0])
-        name = SHAPES.get(eqn.name)
-        if at is None or name is None:
-            return {}
-        found = list(eqn.params[name])
-        found[at.axis] = at.width
-        return {name: tuple(found)}
+        return jnp.moveaxis(jnp.reshape(x, shape), at.axis, 0)
 
 
-def _value(atom: Any, values: Mapping[Value, Any]) -> Any:
-    return atom.value if isinstance(atom, Constant) else values[atom]
+class _Pointwise(NamedTuple):
+    """``dy = sum_i slope_i * dx_i``."""
+
+    eqn: Equation
+    moving: list[int]
+    arrays: list[Any]  # of each example
+
+    def push(self, slopes: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        pairs = zip(slopes, tangents, strict=True)
+        return [sum(s * d for s, d in pairs if d is not None)]
+
+
+class _Other(NamedTuple):
+    """``dy = J dx``, with the Jacobian of the equation for one example."""
+
+    eqn: Equation
+    moving: list[int]
+    arrays: list[Any]  # operands of each example
+    shared: list[Any]  # what all examples read, and gaps for the others
+    changes: dict[str, Any]
+
+    def push(self, arrays: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        own = iter(arrays)
+        operands = [next(own) if x is None else x for x in self.shared]
+        along = {i: d for i, d in zip(self.moving, tangents, strict=True) if d is not None}
+
+        def fun(*moved: Any) -> list[Any]:
+            replaced = list(operands)
+            for i, x in zip(along, moved, strict=True):
+                replaced[i] = x
+            return _jaxpr.listed(_jaxpr.bind(self.eqn, *replaced, **self.changes), self.eqn)
+
+        start = tuple(operands[i] for i in along)
+        _, pushed = jax.jvp(fun, start, tuple(along.values()))
+        results = zip(self.eqn.outputs, pushed, strict=True)
+        return [d if _jaxpr.is_inexact(v) else None for v, d in results]
+
+
+class Linear(NamedTuple):
+    """The derivative of a model, example by example."""
+
+    program: Program
+    equations: list[Any]
+
+    @property
+    def arrays(self) -> list[list[Any]]:
+        """What differs between examples, along a leading axis of them."""
+        return [eqn.arrays for eqn in self.equations]
+
+    def pushed(self, arrays: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        """The tangents of one example's outputs, from those of the inputs."""
+        known: dict[Any, Any] = dict(zip(self.program.inputs, tangents, strict=True))
+        for each, own in zip(self.equations, arrays, strict=True):
+            along = [known.get(each.eqn.inputs[i]) for i in each.moving]
+            known.update(zip(each.eqn.outputs, each.push(own, along), strict=True))
+        return [known[v] for v in self.program.outputs]
+
+
+def _slope(eqn: Equation, primals: Sequence[Any], i: int) -> Any:
+    """The derivative of each entry of a pointwise result in that of operand ``i``."""
+    tangents = [jnp.ones_like(x) if k == i else None for k, x in enumerate(primals)]
+    return push(eqn, primals, tangents)[0]
+
+
+def reads(steps: Plan, eqn: Equation, at: Along, count: int) -> "Reads":
+    """Where operands hold what one example's result is computed of, if that is held ``at``.
+
+    ``None`` for an operand of which each reads the whole, and in place of all if it is not known.
+    """
+    if isinstance(steps.rules[eqn], Pointwise):
+        n = at.width * count
+        return [at if v.shape and v.shape[at.axis] == n else None for v in eqn.inputs]
+    found = READS.get(eqn.name)
+    return found(eqn, at, count) if found is not None else None
+
+
+def changes(eqn: Equation, at: Along | None, read: Sequence[Along | None]) -> dict[str, Any]:
+    """The parameters of an equation that hold a shape, for one example."""
+    name = SHAPES.get(eqn.name)
+    where = read[0] if name == "slice_sizes" else at
+    if name is None or where is None:
+        return {}
+    found = list(eqn.params[name])
+    paired = name == "slice_sizes" and found[where.axis] == 1
+    found[where.axis] = 1 if paired else where.width
+    return {name: tuple(found)}
 
 
 # Where the operands of each primitive hold the examples, if its result holds them at `at`
 
-SHAPES = {"broadcast_in_dim": "shape", "reshape": "new_sizes", "slice": "limit_indices"}
+SHAPES = {
+    "broadcast_in_dim": "shape",
+    "dynamic_slice": "slice_sizes",
+    "gather": "slice_sizes",
+    "reshape": "new_sizes",
+    "slice": "limit_indices",
+}
 
 Reads = list[Along | None] | None
 
@@ -275,7 +289,14 @@ def _along_others(name: str) -> Any:
 
 
 def _slice(eqn: Equation, at: Along, count: int) -> Reads:
-    return [at] if eqn.inputs[0].shape[at.axis] == eqn.outputs[0].shape[at.axis] else None
+    whole = eqn.inputs[0].shape[at.axis] == eqn.outputs[0].shape[at.axis]
+    return [at, *(None for _ in eqn.inputs[1:])] if whole else None
+
+
+def _stack(eqn: Equation, at: Along, count: int) -> Reads:
+    axis = eqn.params["axis"]
+    own = Along(at.axis - (at.axis > axis), at.width)
+    return None if at.axis == axis else [own] * len(eqn.inputs)
 
 
 def _pad(eqn: Equation, at: Along, count: int) -> Reads:
@@ -290,9 +311,13 @@ def _window(eqn: Equation, at: Along, count: int) -> Reads:
 
 def _gather(eqn: Equation, at: Along, count: int) -> Reads:
     """Rows of a table by ids of the examples, or entries of the examples by theirs."""
-    numbers, (x, ids) = eqn.params["dimension_numbers"], eqn.inputs
+    numbers, (x, _) = eqn.params["dimension_numbers"], eqn.inputs
     if at.axis in numbers.offset_dims:
-        return None
+        gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        kept = [i for i in range(len(x.shape)) if i not in gone]
+        axis = kept[numbers.offset_dims.index(at.axis)]
+        whole = eqn.params["slice_sizes"][axis] == x.shape[axis]
+        return [Along(axis, at.width), None] if whole else None
     by = [i for i in range(len(eqn.outputs[0].shape)) if i not in numbers.offset_dims]
     axis = by.index(at.axis)
     paired = dict(
@@ -310,8 +335,12 @@ READS = {
     "dot_general": _product,
     "conv_general_dilated": _convolution,
     "concatenate": _along_others("dimension"),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along_others("axis")),
-    **dict.fromkeys(("split", "stack"), None),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along_others("axis")
+    ),
+    "split": _along_others("axis"),
+    "stack": _stack,
+    "dynamic_slice": _slice,
     "rev": _along_others("dimensions"),
     "sort": _along_others("dimension"),
     "slice": _slice,

@@ -11,18 +11,17 @@ What loss there is of parameters alone, a penalty, has no such outputs: HesScale
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Constant, Equation, Program, Value
+from hesscale_jax._jaxpr import Constant, Equation, Program, Value, size
 from hesscale_jax.blocks import Plan, loop, plan
 from hesscale_jax.examples import Examples, Mixed
 from hesscale_jax.head import LossHead, check_regions, names_output
@@ -34,6 +33,9 @@ __all__ = ["gauss_newton"]
 
 # The most outputs of one example, or of a batch whose examples are mixed: each is a backward pass.
 MAX_OUTPUTS = 4096
+
+# The most equations of a loop in the model that is written out.
+UNROLL = 2**12
 
 # How many numbers of gradients are held at once.
 AT_ONCE = 2**24
@@ -61,6 +63,7 @@ def gauss_newton(
       Where HesScale keeps second derivatives: in what the loss has of parameters alone, and for the
       residual in the model; and a function that computes the rest for the program's inputs.
     """
+
     def rule(eqn: Equation) -> Any:
         return find(rules, eqn)
 
@@ -69,12 +72,10 @@ def gauss_newton(
     named = names_output(program)
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     _check(program, steps, head, rule)
-    parts = [
-        part for part in _parts(steps, head) if not all(map(head.is_parameter_like, part.outputs))
-    ]
+    parts = [part for part in _parts(steps, head) if not _is_penalty(part, head)]
     of_model = frozenset(eqn for part in parts for eqn in part.equations)
     kept = frozenset(steps.rules) if residual else head.equations
-    found = [_Outputs(program, steps, head, part) for part in parts]
+    found = [_Outputs(program, steps, head, part, rules) for part in parts]
 
     def diagonal(inputs: Sequence[Any]) -> list[Any]:
         total = [jnp.zeros(x.shape, spread_dtype(x.dtype)) for x in inputs]
@@ -82,7 +83,7 @@ def gauss_newton(
             return total
         values = _evaluated(program, inputs)
         for outputs in found:
-            total = list(map(jnp.add, total, outputs.diagonal(values)))
+            total = list(map(jnp.add, total, outputs.diagonal(values, inputs)))
         return total
 
     return Kept(kept - of_model), diagonal
@@ -92,21 +93,30 @@ def _check(program: Program, steps: Plan, head: LossHead, rule: Any) -> None:
     """Raise where the head starts within an equation, or an effect would take place twice."""
     if _jaxpr.has_effects(program):
         raise ValueError(
-            "the loss has effects (prints, mutable arrays, callbacks), which the exact Gauss-Newton "
-            "diagonal would repeat. Take them out, or use curvature='gauss_newton'."
+            "the loss has effects (prints, mutable arrays, callbacks), which the exact "
+            "Gauss-Newton diagonal would repeat. Take them out, or use curvature='gauss_newton'."
         )
     for eqn in steps.rules:
+        inside = eqn in head.equations and head.is_entry(eqn)
         for body in eqn.bodies if eqn not in head.equations else ():
             paths = loop(eqn, body, steps.active, steps.active, rule)
             wanted = [body.program.outputs[i] for i in sorted(paths.wanted)]
             inner = plan(body.program, paths.moving, wanted, rule)
-            if head.inside(eqn, body, inner.rules, affine_in(inner)).equations:
-                raise ValueError(
-                    f"the model's outputs are inside of {_jaxpr.label(eqn)!r} (used at "
-                    f"{_jaxpr.location(eqn)}), so that the exact Gauss-Newton diagonal would need "
-                    "the loss's Hessian there. Name the outputs behind it: "
-                    "jax.ad_checkpoint.checkpoint_name(y, 'model_output')."
-                )
+            inside |= bool(head.inside(eqn, body, inner.rules, affine_in(inner)).equations)
+        if inside and eqn.bodies:
+            raise ValueError(
+                f"the model's outputs are inside of {_jaxpr.label(eqn)!r} (used at "
+                f"{_jaxpr.location(eqn)}), where the exact Gauss-Newton diagonal would need the "
+                "loss's Hessian in them. Let it return the outputs, and compute the loss of them "
+                "behind it; or name them there: "
+                "jax.ad_checkpoint.checkpoint_name(y, 'model_output')."
+            )
+
+
+def _is_penalty(part: Part, head: LossHead) -> bool:
+    """Whether a part is of parameters alone."""
+    alone = all(map(head.is_parameter_like, part.outputs))
+    return alone and not any(map(head.is_entry, part.equations))
 
 
 def _parts(steps: Plan, head: LossHead) -> list[Part]:
@@ -126,13 +136,13 @@ def _parts(steps: Plan, head: LossHead) -> list[Part]:
         )
     order = {eqn: i for i, eqn in enumerate(bent)}
     return [
-        Part(sorted(eqns, key=order.__getitem__), [v for v in _in_order(steps, values - made)])
+        Part(sorted(eqns, key=order.__getitem__), _in_order(steps, values - made))
         for values, eqns in groups
     ]
 
 
-def _in_order(steps: Plan, values: set[Value]) -> Iterable[Value]:
-    return dict.fromkeys(v for eqn in steps.rules for v in eqn.inputs if v in values)
+def _in_order(steps: Plan, values: set[Value]) -> list[Value]:
+    return list(dict.fromkeys(v for eqn in steps.rules for v in eqn.inputs if v in values))
 
 
 def _evaluated(program: Program, inputs: Sequence[Any]) -> dict[Value, Any]:
@@ -145,84 +155,81 @@ def _evaluated(program: Program, inputs: Sequence[Any]) -> dict[Value, Any]:
 class _Outputs:
     """The outputs of a model that one part of the loss's head takes."""
 
-    def __init__(self, program: Program, steps: Plan, head: LossHead, part: Part) -> None:
+    def __init__(
+        self, program: Program, steps: Plan, head: LossHead, part: Part, rules: Mapping[Any, Any]
+    ) -> None:
         self._program = program
         self._part = part
         self._tail = [eqn for eqn in steps.rules if eqn in head.tail]
-        needed = set(part.outputs)
-        self._model: list[Equation] = []
-        for eqn in reversed(list(steps.rules)):
-            if not needed.isdisjoint(eqn.outputs):
-                self._model.insert(0, eqn)
-                needed.update(v for v in eqn.inputs if v in steps.active)
-        self.examples = self._independent(steps)
-        count = sum(math.prod(v.shape) for v in part.outputs) // self.examples.count
+        traced = _jaxpr.trace(
+            lambda *inputs: _jaxpr.evaluate(program, inputs, part.outputs),
+            *(v.aval for v in program.inputs),
+        )
+        self._model = _jaxpr.flatten(traced, ruled=rules, unroll=UNROLL)
+        self.examples = self._independent(steps, rules)
+        count = sum(map(size, self._shapes())) // self.examples.count
         if count > MAX_OUTPUTS:
-            where = self.examples.mixed
-            names = ", ".join(v.aval.str_short(short_dtypes=True) for v in part.outputs)
-            why = (
-                f"{count} outputs of each example"
-                if where is None
-                else f"{count} outputs of all examples together, which {_jaxpr.label(where)!r} "
-                f"(used at {_jaxpr.location(where)}) does not compute each by itself"
-            )
-            raise ValueError(
-                f"the exact Gauss-Newton diagonal takes a backward pass for each of {why} "
-                f"({names}), more than {MAX_OUTPUTS}. Options: (1) a smaller batch; (2) "
-                "curvature='gauss_newton', HesScale's approximation, in one pass; (3) if examples "
-                "do not depend on one another, write that step so that the batch is an axis of "
-                "its own."
-            )
+            self._raise(count)
 
-    def _independent(self, steps: Plan) -> Examples:
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [v.shape for v in self._part.outputs]
+
+    def _independent(self, steps: Plan, rules: Mapping[Any, Any]) -> Examples:
         """The most examples that are computed each by itself, along the leading axis."""
-        sizes = {v.shape[0] if v.shape else 1 for v in self._part.outputs}
+        model = self._model
+        within = plan(model, model.inputs, model.outputs, lambda eqn: find(rules, eqn))
+        whole = math.gcd(*(shape[0] if shape else 1 for shape in self._shapes()))
         mixed: Equation | None = None
-        whole = math.gcd(*sizes)
         for count in (n for n in range(whole, 1, -1) if whole % n == 0):
             try:
-                return Examples(self._program, steps, self._model, self._part, count)
+                found = Examples(model, within, count)
+                found.check(steps, self._part.equations, self._part.outputs)
             except Mixed as error:
                 mixed = mixed or error.eqn
-        return Examples(self._program, steps, (), self._part, 1, mixed)
+            else:
+                return found
+        return Examples(model, within, 1, mixed)
 
-    def diagonal(self, values: Mapping[Value, Any]) -> list[Any]:
+    def _raise(self, count: int) -> NoReturn:
+        mixed = self.examples.mixed
+        whose = "one example's"
+        if mixed is not None:
+            whose = f"all examples', which {_jaxpr.label(mixed)!r} mixes ({_jaxpr.location(mixed)})"
+        raise ValueError(
+            "the exact Gauss-Newton diagonal takes a backward pass for each output of the model: "
+            f"here {count}, more than {MAX_OUTPUTS}; they are {whose}. Options: (1) a smaller "
+            "batch; (2) curvature='gauss_newton', HesScale's approximation in one pass; (3) if the "
+            "examples do not depend on one another, write that step so that they have an axis of "
+            "their own throughout."
+        )
+
+    def diagonal(self, values: Mapping[Value, Any], inputs: Sequence[Any]) -> list[Any]:
         """The diagonal of ``J^T H J`` for each input of the program."""
-        inputs = self._program.inputs
         curvatures = self._curvatures(values)
-        examples = self.examples.split(self._model, values)
-        zeros = [jnp.zeros(v.shape, v.dtype) for v in inputs]
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+        linear = self.examples.linearised(_evaluated(self._model, inputs))
 
-        def of_example(example: tuple[Any, Any]) -> list[Any]:
-            arrays, curvature = example
-            pushed = functools.partial(self.examples.pushed, self._model, values, arrays)
+        def of_example(arrays: Any, curvature: Any) -> list[Any]:
+            def outputs(*tangents: Any) -> Any:
+                return jnp.concatenate([x.ravel() for x in linear.pushed(arrays, tangents)])
 
-            def outputs(tangents: Sequence[Any]) -> Any:
-                found = pushed(dict(zip(inputs, tangents, strict=True)))
-                return jnp.concatenate([self._flat(found, v) for v in self._part.outputs])
+            return _quadratic(jax.linear_transpose(outputs, *zeros), curvature)
 
-            transpose = jax.linear_transpose(outputs, zeros)
-            return _quadratic(lambda z: transpose(z)[0], curvature)
-
-        size = len(curvatures[0]) * sum(x.size for x in zeros)
-        limit = max(1, AT_ONCE // max(size, 1))
-        at_once = max(n for n in range(1, self.examples.count + 1) if self.examples.count % n == 0 and n <= limit)
-        grouped = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // at_once, at_once, *x.shape[1:]),
-            (examples, curvatures),
+        count = self.examples.count
+        held = curvatures.shape[-1] * sum(x.size for x in zeros)
+        fitting = (n for n in range(count, 0, -1) if count % n == 0 and n * held <= AT_ONCE)
+        at_once = next(fitting, 1)
+        groups = jax.tree.map(
+            lambda x: x.reshape(count // at_once, at_once, *x.shape[1:]),
+            (linear.arrays, curvatures),
         )
 
         def add(total: list[Any], group: Any) -> tuple[list[Any], None]:
-            return [t + x.sum(0) for t, x in zip(total, jax.vmap(of_example)(group), strict=True)], None
+            found = jax.vmap(of_example)(*group)
+            return [t + x.sum(0) for t, x in zip(total, found, strict=True)], None
 
-        start = [jnp.zeros(v.shape, spread_dtype(v.dtype)) for v in inputs]
-        return lax.scan(add, start, grouped)[0]
-
-    def _flat(self, tangents: Mapping[Value, Any], value: Value) -> Any:
-        size = math.prod(value.shape) // self.examples.count
-        if value not in tangents:
-            return jnp.zeros(size, value.dtype)
-        return tangents[value].reshape(size)
+        start = [jnp.zeros(x.shape, spread_dtype(x.dtype)) for x in zeros]
+        return lax.scan(add, start, groups)[0]
 
     def _curvatures(self, values: Mapping[Value, Any]) -> Any:
         """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``."""
@@ -263,7 +270,7 @@ def _rerun(program: Program, equations: Iterable[Equation], values: dict[Value, 
     return read(program.outputs[0])
 
 
-def _quadratic(pull: Callable[[Any], list[Any]], curvature: Any) -> list[Any]:
+def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any]:
     """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``."""
 
     def wide(x: Any) -> Any:
@@ -273,8 +280,8 @@ def _quadratic(pull: Callable[[Any], list[Any]], curvature: Any) -> list[Any]:
         return [wide(a) * wide(b) for a, b in zip(pull(unit), pull(row), strict=True)]
 
     units = jnp.eye(len(curvature), dtype=curvature.dtype)
-    size = sum(x.size for x in jax.eval_shape(pull, curvature[0]))
-    if len(units) * size <= AT_ONCE:
+    held = len(units) * sum(x.size for x in jax.eval_shape(pull, curvature[0]))
+    if held <= AT_ONCE:
         rows = list(map(wide, jax.vmap(pull)(units)))
         weights = [curvature.astype(x.dtype) for x in rows]
         return [(x * jnp.tensordot(h, x, 1)).sum(0) for h, x in zip(weights, rows, strict=True)]

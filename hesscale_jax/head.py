@@ -83,7 +83,7 @@ class LossHead:
             linear_after = all(map(self.is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
                 self.tail.add(eqn)
-            is_entry = is_name if named else self._is_entry(eqn)
+            is_entry = is_name if named else self.is_entry(eqn)
             if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
                 self._clear.add(eqn)
             if eqn in self._clear or linear_after:
@@ -128,7 +128,8 @@ class LossHead:
             if len(entered) + len(bent) - len(like) == before:
                 return head
 
-    def _is_entry(self, eqn: Equation) -> bool:
+    def is_entry(self, eqn: Equation) -> bool:
+        """Whether parameters meet what is not computed of them alone."""
         return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
 
     def is_parameter_like(self, value: Value) -> bool:

@@ -83,13 +83,13 @@ def value_and_hesscale(
       has_aux: Whether ``fun`` returns auxiliary data besides the loss.
       curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives only in the loss's
         head, after the last parameter: at least 0 where the head is convex. The head starts after
-        ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one. For more passes,
-        ``"exact_gauss_newton"`` is the diagonal of the generalised Gauss-Newton matrix without
-        approximation, and ``"refined"`` that with what HesScale has of the Hessian besides: exact
-        for networks of up to two hidden layers. For C outputs of the model they cost about C
-        gradients more; with a batch, C is the number of one example's, if by the structure of the
-        program examples along the outputs' leading axis do not depend on one another, else that of
-        all examples' together. What a loss has of parameters alone, a penalty, is HesScale's.
+        ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one. Or for more
+        passes, ``"exact_gauss_newton"``, the diagonal of the generalised Gauss-Newton matrix
+        without approximation, or ``"refined"``, that and what HesScale has of the Hessian besides:
+        exact for networks of up to two hidden layers. For C outputs of the model they take about C
+        gradients more. With a batch, C is the number of one example's, if by the structure of the
+        program the examples along the outputs' leading axis do not depend on one another, else
+        that of all examples. What a loss has of parameters alone, a penalty, is HesScale's.
       rules: The rule of each primitive; a table of your own is ``hesscale_jax.RULES | {...}``.
 
     Returns:
@@ -147,7 +147,8 @@ def differentiated(
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
         structures, finish = structure(program, inputs, tree)
-        kept, exact = curvature, None
+        kept: str | Kept = curvature
+        exact = None
         if curvature in EXACT:
             kept, exact = gauss_newton(program, rules, residual=curvature == "refined")
 

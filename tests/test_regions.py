@@ -342,8 +342,8 @@ def test_errors_say_what_to_do():
         jax.vmap(hs.exact(lambda x: lax.psum(x, "examples")), axis_name="examples")(X)
     with pytest.raises(ValueError, match="samples must be 1 or more"):
         hs.sampled(loss, samples=0)
+    fourier = hs.exact(jnp.fft.fft)
     with pytest.raises(NotImplementedError, match="complex results"):
-        fourier = hs.exact(jnp.fft.fft)
         hs.hesscale(lambda x: jnp.sum(jnp.abs(fourier(x))))(X)
     named = hs.exact(lambda p: jnp.sum(checkpoint_name(model(p, X), "model_output") ** 2))
     hs.hesscale(named)(PARAMS)
