@@ -282,9 +282,7 @@ def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any
     units = jnp.eye(len(curvature), dtype=curvature.dtype)
     held = len(units) * sum(x.size for x in jax.eval_shape(pull, curvature[0]))
     if held <= AT_ONCE:
-        rows = list(map(wide, jax.vmap(pull)(units)))
-        weights = [curvature.astype(x.dtype) for x in rows]
-        return [(x * jnp.tensordot(h, x, 1)).sum(0) for h, x in zip(weights, rows, strict=True)]
+        return [x.sum(0) for x in jax.vmap(paired)(units, curvature)]
 
     def add(total: list[Any], both: Any) -> tuple[list[Any], None]:
         return list(map(jnp.add, total, paired(*both))), None
