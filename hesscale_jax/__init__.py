@@ -28,6 +28,7 @@ from hesscale_jax.optimizers import (
     scaled_adahesscale,
     scaled_adam,
 )
+from hesscale_jax.regions import exact, sampled
 from hesscale_jax.report import Report
 from hesscale_jax.rules import RULES
 from hesscale_jax.transform import hesscale, value_and_hesscale
@@ -45,12 +46,14 @@ __all__ = [
     "UnsupportedPrimitiveError",
     "adahesscale",
     "diagonal_newton",
+    "exact",
     "explain",
     "hess_diag_as_estimator",
     "hesscale",
     "layouts",
     "orthogonal_newton",
     "rules",
+    "sampled",
     "scale_by_curvature_trust_region",
     "scale_by_diagonal_newton",
     "scale_by_hesscale",

@@ -306,7 +306,7 @@ def label(eqn: Equation) -> str:
     match eqn.name:
         case "custom_jvp_call" | "custom_vjp_call":
             name = _wrapped(eqn) or _name(eqn)
-        case "pallas_call":
+        case "pallas_call" | "region":
             name = eqn.params["name"]
         case "ffi_call":
             name = eqn.params["target_name"]
@@ -389,11 +389,45 @@ def pure(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, li
 
 def holds_callback(params: dict[str, Any]) -> bool:
     """Whether Python is called anywhere within the jaxprs of an equation."""
+    return any("callback" in eqn.primitive.name for eqn in _equations(params))
+
+
+def holds_custom_vjp(params: dict[str, Any]) -> bool:
+    """Whether a function without a forward derivative is called within an equation's jaxprs."""
+    return any(eqn.primitive.name == "custom_vjp_call" for eqn in _equations(params))
+
+
+def holds_name(name: str, params: dict[str, Any]) -> bool:
+    """Whether ``checkpoint_name`` gives a value this name within the jaxprs of an equation."""
     return any(
-        "callback" in eqn.primitive.name or holds_callback(eqn.params)
-        for jaxpr in core.jaxprs_in_params(params)
-        for eqn in jaxpr.eqns
+        eqn.primitive.name == "name" and eqn.params["name"] == name for eqn in _equations(params)
     )
+
+
+def _equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:
+    """The equations of the jaxprs among parameters, and of those within."""
+    for jaxpr in core.jaxprs_in_params(params):
+        for eqn in jaxpr.eqns:
+            yield eqn
+            yield from _equations(eqn.params)
+
+
+def with_constants(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """A jaxpr that takes what it closes over as its first operands, and what that is."""
+    count = len(closed.consts)
+
+    def function(*operands: Any) -> list[Any]:
+        given = core.ClosedJaxpr(closed.jaxpr, operands[:count])
+        return core.jaxpr_as_fun(given)(*operands[count:])
+
+    if not count:
+        return closed, []
+    return trace(function, *closed.consts, *closed.in_avals), list(closed.consts)
+
+
+def hide_frames(file: str) -> None:
+    """Leave the frames of a file out of where the user wrote an equation."""
+    source_info_util.register_exclusion(file)
 
 
 def complex_primitive(eqn: Equation) -> str | None:
@@ -452,6 +486,7 @@ def flatten(
     effects: bool = True,
     apart: bool = True,
     ruled: Container[Any] = (),
+    unroll: int = 0,
 ) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
@@ -459,10 +494,10 @@ def flatten(
     equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
     rule of its own that acts entry by entry stands there once for each result, if they are to be
     taken ``apart``; one that mixes entries stands there as its rule says, unless its label is among
-    the ``ruled``.
+    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    builder = _Builder(inputs, apart, ruled)
+    builder = _Builder(inputs, apart, ruled, unroll=unroll)
     outputs = builder.inline(closed, inputs, callers)
     last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
@@ -475,9 +510,15 @@ class _Builder:
     """Collects equations, one for each distinct computation."""
 
     def __init__(
-        self, inputs: Sequence[Value], apart: bool, ruled: Container[Any] = (), order: int = 2
+        self,
+        inputs: Sequence[Value],
+        apart: bool,
+        ruled: Container[Any] = (),
+        order: int = 2,
+        unroll: int = 0,
     ) -> None:
         self.equations: list[Equation] = []
+        self._unroll = unroll
         self._ruled = ruled
         self._order = order  # of the derivatives that are due
         self._inputs = frozenset(inputs)
@@ -599,6 +640,8 @@ class _Builder:
         if not isinstance(length, int) or not length or eqn.effects:
             return False
         closed = _closed(eqn.params["jaxpr"])
+        if sum(1 for _ in _equations(eqn.params)) * length <= self._unroll:
+            return True
         if len(eqn.outvars) == len(carry) and not _chooses(closed):
             return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]

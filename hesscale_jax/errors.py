@@ -23,7 +23,8 @@ class UnsupportedPrimitiveError(NotImplementedError):
             f"hesscale(fun, rules=hesscale_jax.RULES | {{{primitive!r}: rule}}), where "
             "rule(eqn, operands, recurse) returns one Moments per output",
             "if its operands are small, pass hesscale_jax.rules.dense as that rule: it is exact "
-            "for this one equation, by the dense Jacobian",
+            "for this one equation, by the dense Jacobian; or take the function around it as one "
+            "region, decorated with hesscale_jax.exact or hesscale_jax.sampled",
             "if it acts entry by entry, pass hesscale_jax.rules.nested",
         ][: 2 if not curable else 4 if reason else 5]
         listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))

@@ -33,7 +33,7 @@ from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.multilinear import Multilinear
 from hesscale_jax.rules.selection import Selection
 from hesscale_jax.rules.table import Unsupported, find
-from hesscale_jax.transform import check_curvature, of_shapes, traced
+from hesscale_jax.transform import CURVATURES, EXACT, check_curvature, of_shapes, traced
 
 __all__ = ["explain"]
 
@@ -89,7 +89,7 @@ def explain(
       w is read by (0, 2) and meets in 2
       f32[5,3] is read by (2, 3) and meets in 3
     """
-    check_curvature(curvature)
+    check_curvature(curvature, (*CURVATURES, *EXACT))
 
     def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
         program, _, chosen = traced(fun, argnums, has_aux, args, kwargs, rules)
@@ -128,7 +128,7 @@ def _explained(
     named = names_output(program)
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
-    marked = curvature == "gauss_newton"
+    marked = curvature != "hessian"
     images = Images(steps, program.inputs, program.outputs[:1])
     report = _Explanation(program, steps, images, head, names, rule, marked).report(title)
     found = layouts(program, program.outputs[:1], rule, program.inputs)
@@ -273,7 +273,7 @@ class _Explanation:
         reason = None if unit.block is not None else _missing(rule)
         return Step(
             rule=NO_RULE if reason else "block" if unit.block is not None else _family(first, rule),
-            primitives=tuple(eqn.name for eqn in unit.equations),
+            primitives=tuple(map(_primitive, unit.equations)),
             results=tuple(map(_described, unit.results)),
             lines=tuple(dict.fromkeys(filter(None, map(_line, unit.equations)))),
             library=next(filter(None, map(_library_line, unit.equations)), ""),
@@ -476,6 +476,11 @@ def _family(eqn: Equation, rule: Any) -> str:
         return eqn.name
     name = getattr(rule, "__name__", type(rule).__name__)
     return name if rule.__module__.startswith(OURS) else f"{YOURS} {name}"
+
+
+def _primitive(eqn: Equation) -> str:
+    """The name of an equation's primitive; a region's has that of its function."""
+    return _jaxpr.label(eqn) if eqn.name == "region" else eqn.name
 
 
 def _titles(eqn: Equation) -> list[str]:

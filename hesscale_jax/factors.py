@@ -13,7 +13,7 @@ from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
 from hesscale_jax.rules.multilinear import products_in
 from hesscale_jax.rules.table import find
-from hesscale_jax.transform import differentiated, of_shapes, traced
+from hesscale_jax.transform import check_curvature, differentiated, of_shapes, traced
 
 __all__ = ["layouts", "value_and_factors"]
 
@@ -155,6 +155,7 @@ def value_and_factors(
         outputs = [basis.outputs for basis in given]
         return structures, lambda spreads: list(map(_factors, found, spreads, outputs))
 
+    check_curvature(curvature)
     rules = products_in(rules, product_dtype)
     return differentiated(fun, argnums, has_aux, curvature, rules, factors)
 

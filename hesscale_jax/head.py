@@ -21,9 +21,10 @@ it if no entry comes after.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value
 
-__all__ = ["MODEL_OUTPUT", "LossHead", "names_output"]
+__all__ = ["MODEL_OUTPUT", "LossHead", "check_regions", "names_output"]
 
 MODEL_OUTPUT = "model_output"
 
@@ -82,7 +83,7 @@ class LossHead:
             linear_after = all(map(self.is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
                 self.tail.add(eqn)
-            is_entry = is_name if named else self._is_entry(eqn)
+            is_entry = is_name if named else self.is_entry(eqn)
             if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
                 self._clear.add(eqn)
             if eqn in self._clear or linear_after:
@@ -127,8 +128,13 @@ class LossHead:
             if len(entered) + len(bent) - len(like) == before:
                 return head
 
-    def _is_entry(self, eqn: Equation) -> bool:
+    def is_entry(self, eqn: Equation) -> bool:
+        """Whether parameters meet what is not computed of them alone."""
         return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
+
+    def is_parameter_like(self, value: Value) -> bool:
+        """Whether a value is computed of parameters alone."""
+        return value in self._like
 
     def is_affine_in(self, value: Value) -> bool:
         """Whether the loss is an affine function of the value."""
@@ -144,6 +150,19 @@ class LossHead:
 def names_output(program: Program) -> bool:
     """Whether a program, or one within it, names its model's output."""
     return any(map(_names_output, program.equations))
+
+
+def check_regions(program: Program) -> None:
+    """Raise if the model ends within a region, which belongs to the model or to the head."""
+    for eqn in program.equations:
+        if eqn.name == "region" and _jaxpr.holds_name(MODEL_OUTPUT, eqn.params):
+            raise ValueError(
+                f"the region {eqn.params['name']!r} (used at {_jaxpr.location(eqn)}) names its "
+                f"{MODEL_OUTPUT!r} inside, so that Gauss-Newton would start in the middle of it. "
+                "Name the output outside of the region, or end the region there."
+            )
+        for body in eqn.bodies:
+            check_regions(body.program)
 
 
 def _names_output(eqn: Equation) -> bool:

@@ -15,7 +15,7 @@ from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.forms import Reader, variance
-from hesscale_jax.head import LossHead, names_output
+from hesscale_jax.head import LossHead, check_regions, names_output
 from hesscale_jax.images import Images, Needs, Part
 from hesscale_jax.layout import arrivals, reads
 from hesscale_jax.loops import LoopArithmetic
@@ -28,7 +28,7 @@ from hesscale_jax.rules.multilinear import Multilinear, met, multilinear
 from hesscale_jax.rules.selection import Join, Reduction, Scatter, Selection, View
 from hesscale_jax.rules.table import Unsupported, find
 
-__all__ = ["affine_in", "propagate"]
+__all__ = ["Kept", "affine_in", "propagate"]
 
 # Besides what is pointwise or a view: primitives as cheap to compute again as to read.
 CHEAP = frozenset({"concatenate", "iota", "pad", "slice", "split", "transpose", "unstack"})
@@ -36,11 +36,22 @@ CHEAP |= {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "custom_jvp_ca
 CHEAP |= {"complex", "fft"}  # the results are complex
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The equations at which second derivatives are kept, with all that is inside of them."""
+
+    equations: frozenset[Equation]
+
+    def inside(self, eqn: Equation, *_: Any) -> "Kept | None":
+        """Where they are kept in a program that an equation runs; everywhere if ``None``."""
+        return None if eqn in self.equations else Kept(frozenset())
+
+
 def propagate(
     program: Program,
     operands: Sequence[Moments],
     rules: Mapping[Any, Any],
-    curvature: str = "hessian",
+    curvature: str | Kept = "hessian",
     spreads: bool = False,
 ) -> list[Moments]:
     """Push moments through a program.
@@ -49,7 +60,8 @@ def propagate(
       program: The program.
       operands: One per input.
       rules: The rule of each primitive, by the primitive or its name.
-      curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives in the head alone.
+      curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives in the head alone,
+        or the equations to keep them at.
       spreads: Whether the loss's spread is asked for too.
 
     Returns:
@@ -57,8 +69,9 @@ def propagate(
     """
     moving = _moving(program, operands)
     steps = plan(program, moving, program.outputs[:1], lambda eqn: find(rules, eqn))
-    head = None
+    head: LossHead | Kept | None = curvature if isinstance(curvature, Kept) else None
     if curvature == "gauss_newton":
+        check_regions(program)
         named = names_output(program)
         head = LossHead(program, steps.rules, affine_in(steps), moving, named=named)
     last = program.outputs[:1]
@@ -77,7 +90,7 @@ class _Walk:
         operands: Sequence[Moments],
         steps: Plan,
         rules: Mapping[Any, Any],
-        head: LossHead | None,
+        head: LossHead | Kept | None,
         spreads: bool,
         leaves: Iterable[Value],
         last: Iterable[Value],
@@ -95,6 +108,7 @@ class _Walk:
         self._made_in: dict[Value, BlockArithmetic] = {}
         self._constrained: dict[Value, Equation] = {}  # what says where a block's value lies
         self._kept: Container[Value] = ()  # what is read, in its block, when all has run
+        self.place: tuple[int, ...] = ()  # of the equation that runs the program
 
     def run(self) -> list[Moments]:
         self._run(self._program.equations, None)
@@ -111,6 +125,10 @@ class _Walk:
             for eqn, position, axes in arrivals(readers, value, x.spread.axes):
                 arriving[eqn][position] = dataclasses.replace(x.spread, axes=axes)
         return arriving
+
+    def number(self, eqn: Equation) -> int:
+        """Where an equation stands in the program."""
+        return self._program.equations.index(eqn)
 
     def curved(self, eqn: Equation) -> bool:
         """Whether second derivatives are kept at an equation."""
@@ -381,12 +399,19 @@ class Recursion:
         head = walk.head and walk.head.inside(self._eqn, body, steps.rules, affine_in(steps))
         leaves = walk.images.leaves_within(self._eqn, body)
         last = walk.images.last_within(self._eqn, body, steps)
-        return _Walk(program, operands, steps, walk.rules, head, True, leaves, last).run()
+        inner = _Walk(program, operands, steps, walk.rules, head, True, leaves, last)
+        inner.place = self.place
+        return inner.run()
 
     def through(self, program: Program, operands: Sequence[Moments]) -> list[Moments]:
         """Push moments through any program, all of whose outputs' spreads are asked for."""
         steps = plan(program, _moving(program, operands), program.outputs, self._find)
         return _Walk(program, operands, steps, self._walk.rules, None, True, (), ()).run()
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """The equation's number in its program, after those of the equations that run that."""
+        return (*self._walk.place, self._walk.number(self._eqn))
 
     @property
     def policy(self) -> "KeepsCostly":

@@ -116,7 +116,8 @@ class Report:
         """The report as plain text."""
         page = _Page(self)
         head = f"{self.title}: {len(self.steps)} step{'s'[: len(self.steps) != 1]}"
-        sections = [[head], page.table(), page.missing(), page.dropped(), page.coordinates()]
+        sections = [[head], page.table(), page.missing(), page.dropped()]
+        sections += [page.one_by_one(), page.coordinates()]
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
     def __rich__(self) -> Any:
@@ -327,6 +328,26 @@ class _Page:
             self._number(i) + (f" (x {n})" if n > 1 else relative(first[i], base))
             for i, n in sorted(count.items())
         )
+
+    # What a region would take together
+
+    def one_by_one(self) -> list[str]:
+        rows = list(self._one_by_one())
+        if not rows:
+            return []
+        return [
+            "Functions of whole matrices, each by itself. A decorator around what they compute",
+            "together, hesscale_jax.exact or hesscale_jax.sampled, keeps the terms between them:",
+            *aligned(rows),
+        ]
+
+    def _one_by_one(self) -> Iterator[tuple[str, ...]]:
+        for i in dict.fromkeys(place.step for place in self._places):
+            step = self._report.steps[i]
+            if step.rule in ("dense", "sampled") and not step.primitives[0].startswith("region["):
+                yield f"  {self._number(i)}", step.primitives[0], source(step)
+            for page in self._bodies.get(i, ()):
+                yield from page._one_by_one()
 
     # What has no basis
 

@@ -19,14 +19,16 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax.factored import Factored
+from hesscale_jax.gauss_newton import gauss_newton
 from hesscale_jax.moments import Moments, spread_dtype
-from hesscale_jax.propagate import propagate
+from hesscale_jax.propagate import Kept, propagate
 from hesscale_jax.rules import RULES
 from hesscale_jax.rules.multilinear import products_in
 
 __all__ = ["hesscale", "value_and_hesscale"]
 
 CURVATURES = ("hessian", "gauss_newton")
+EXACT = ("exact_gauss_newton", "refined")  # of a diagonal alone
 
 
 def hesscale(
@@ -86,7 +88,13 @@ def value_and_hesscale(
       has_aux: Whether ``fun`` returns auxiliary data besides the loss.
       curvature: ``"hessian"``, or ``"gauss_newton"`` to keep second derivatives only in the loss's
         head, after the last parameter: at least 0 where the head is convex. The head starts after
-        ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one.
+        ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one. Or for more
+        passes, ``"exact_gauss_newton"``, the diagonal of the generalised Gauss-Newton matrix
+        without approximation, or ``"refined"``, that and what HesScale has of the Hessian besides:
+        exact for networks of up to two hidden layers. For C outputs of the model they take about C
+        gradients more. With a batch, C is the number of one example's, if by the structure of the
+        program the examples along the outputs' leading axis do not depend on one another, else
+        that of all examples. What a loss has of parameters alone, a penalty, is HesScale's.
       product_dtype: What the diagonal's own matrix products and convolutions, of spreads and
         squares, are rounded to: ``jnp.bfloat16`` or ``jnp.float32``. None takes bfloat16 where both
         factors of the loss's product are in half precision and the platform is no CPU, else
@@ -104,7 +112,8 @@ def value_and_hesscale(
       TypeError: An argument to differentiate is not floating point or the loss is not a real
         scalar. Raised while tracing, as are the others.
       ValueError: ``curvature`` or ``product_dtype`` is unknown, or ``argnums`` does not fit the
-        arguments.
+        arguments; an exact Gauss-Newton diagonal would take too many passes, or the loss has
+        effects or ends its model within a loop.
       UnsupportedPrimitiveError: A primitive on the way from the arguments to the loss has no rule.
 
     References:
@@ -121,6 +130,7 @@ def value_and_hesscale(
 
         return [None] * len(inputs), finish
 
+    check_curvature(curvature, (*CURVATURES, *EXACT))
     rules = products_in(rules, product_dtype)
     return differentiated(fun, argnums, has_aux, curvature, rules, diagonals)
 
@@ -141,7 +151,6 @@ def differentiated(
 
     ``tree`` is the structure of the list of the arguments to differentiate.
     """
-    check_curvature(curvature)
     check_loss_and_argnums(fun, argnums)
 
     @functools.wraps(fun)
@@ -150,13 +159,17 @@ def differentiated(
         leaves, tree = jax.tree.flatten(list(chosen.values()))
         inputs = list(map(jnp.asarray, leaves))  # Python's numbers have no dtype
         structures, finish = structure(program, inputs, tree)
+        kept: str | Kept = curvature
+        exact = None
+        if curvature in EXACT:
+            kept, exact = gauss_newton(program, rules, residual=curvature == "refined")
 
         def run(inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-            primals, transpose = transposed(
-                program, inputs, rules, curvature, structures=structures
-            )
+            primals, transpose = transposed(program, inputs, rules, kept, structures=structures)
             value, *aux = map(jnp.asarray, primals)
             grads, spreads = transpose(lax.full_like(value, 1))
+            if exact is not None:
+                spreads = list(map(jnp.add, spreads, exact(inputs)))
             return [value, *aux], grads, finish(spreads)
 
         if _jaxpr.stops_at_nans():
@@ -239,7 +252,7 @@ def transposed(
     program: _jaxpr.Program,
     inputs: Sequence[Any],
     rules: Mapping[Any, Any],
-    curvature: str,
+    curvature: str | Kept,
     spreads: bool = False,
     structures: Sequence[Factored | None] | None = None,
 ) -> tuple[list[Any], Callable[..., tuple[list[Any], list[Any]]]]:
@@ -304,10 +317,10 @@ class _Loss:
 # Input checks, in the user's terms
 
 
-def check_curvature(curvature: str) -> None:
+def check_curvature(curvature: str, among: Sequence[str] = CURVATURES) -> None:
     """Raise ``ValueError`` if there is no such curvature."""
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+    if curvature not in among:
+        raise ValueError(f"curvature must be one of {among}, got {curvature!r}")
 
 
 def check_loss_and_argnums(fun: Any, argnums: Any) -> None:

@@ -26,6 +26,8 @@ from jax.flatten_util import ravel_pytree
 from jax.ops import segment_max, segment_min, segment_sum
 from jax.scipy import special
 
+import hesscale_jax as hs
+
 LABELS = np.array([0, 3, 2, 5])
 NUMBERS = np.array([0.3, -0.2, 0.7, 0.1])
 SEGMENTS = np.array([2, 0, 2, 1])
@@ -504,6 +506,10 @@ LINEAR_ALGEBRA: dict[str, Case] = {
     "solve for a matrix": (jnp.linalg.solve, MATRIX, normal(3, 2)),
     "solve of a batch": (jnp.linalg.solve, MATRICES, normal(2, 3, 4)),
     "inv": (jnp.linalg.inv, MATRICES),
+    "region": (hs.exact(lambda m, b: jnp.tanh(jnp.linalg.solve(m, jnp.tanh(m) @ b))), MATRIX, normal(3, 2)),
+    "region of a batch": (
+        jax.vmap(hs.exact(lambda m, b: jnp.linalg.solve(m @ m.T, b)), (0, None), 1), MATRICES, normal(3, 2),
+    ),
     "custom_linear_solve": (
         lambda b: lax.custom_linear_solve(
             lambda x: MATRIX @ MATRIX.T @ x, b, lambda _, b: jnp.linalg.inv(MATRIX @ MATRIX.T) @ b, symmetric=True

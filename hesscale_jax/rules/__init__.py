@@ -34,6 +34,7 @@ from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.incomplete_gamma import incomplete_gamma
 from hesscale_jax.rules.linear_solve import linear_solve, triangular_solve, tridiagonal_solve
 from hesscale_jax.rules.multilinear import multilinear, product
+from hesscale_jax.rules.regions import region
 from hesscale_jax.rules.selection import (
     Reduction,
     concatenate,
@@ -172,6 +173,8 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         **dict.fromkeys(("custom_partitioning", "custom_vmap_call", "xla_metadata_call"), call),
         "custom_vjp_call": custom_vjp,
         "linear_call": linear_call,
+        # What is one step: `hesscale_jax.exact`, `hesscale_jax.sampled`
+        "region": region,
         # Equinox
         **dict.fromkeys(("announce_jaxpr", "maybe_set", "select_if_vmap"), selection),
         "noinline": matrix_function(),
