@@ -14,8 +14,11 @@ FIGURES = REPOSITORY / "docs" / "figures"
 SCRIPTS = sorted(FIGURES.glob("[a-z]*.py"))
 
 
+SLOW = {"dropped", "gauss_newton", "hessian", "layers", "paths", "scatter", "uses"}
+
+
 def marks(script: Path) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if script.stem == "uses" else []
+    return [pytest.mark.slow] if script.stem in SLOW else []
 
 
 @pytest.mark.parametrize(
