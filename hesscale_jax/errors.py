@@ -29,7 +29,7 @@ class UnsupportedPrimitiveError(NotImplementedError):
         ][: 2 if not curable else 4 if reason else 5]
         listed = "; ".join(f"({i}) {option}" for i, option in enumerate(options, 1))
         super().__init__(
-            f"no rule for {primitive!r} (used at {location}){': ' + reason if reason else ''}. "
+            f"{reason + ': ' if reason else ''}no rule for {primitive!r} (used at {location}). "
             "HesScale cannot carry curvature through it. "
             f"Options: {listed}."
         )
@@ -41,8 +41,8 @@ class UnsupportedPrimitiveError(NotImplementedError):
         """The same for a function with a derivative rule of its own, in the body of which it is."""
         error = UnsupportedPrimitiveError(self.primitive, self.location, self.reason)
         error.args = (
-            f"no rule for {self.primitive!r} (used at {self.location}), which stands in the body "
-            f"of {function!r}{': ' + self.reason if self.reason else ''}. "
+            f"{self.reason + ': ' if self.reason else ''}no rule for {self.primitive!r} "
+            f"(used at {self.location}), which stands in the body of {function!r}. "
             "Its gradient is that of its own rule, but its curvature is taken "
             "from that body. Options: (1) pass the same function written in JAX: hesscale(fun, "
             f"rules=hesscale_jax.RULES | {{{function!r}: hesscale_jax.rules.defined_by(function)}})"

@@ -180,7 +180,11 @@ def test_a_loop_and_its_parallel_form_have_one_diagonal():
 
 
 @pytest.mark.parametrize(
-    "fun", [jnp.abs, jnp.tanh, jnp.reciprocal, jnp.fft.fft, jnp.cumprod, jnp.prod]
+    "fun",
+    [
+        *(jnp.abs, jnp.tanh, jnp.reciprocal, jnp.fft.fft),
+        *(pytest.param(fun, marks=pytest.mark.slow) for fun in (jnp.cumprod, jnp.prod)),
+    ],
 )
 def test_in_a_loop_nothing_complex_is_kept(fun):
     def loss(x, loop=True):

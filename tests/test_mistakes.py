@@ -98,7 +98,7 @@ MISTAKES = {
     ),
     "another curvature": (
         lambda: hs.hesscale(loss, curvature="ggn"),
-        (ValueError, "got 'ggn'", "('hessian', 'gauss_newton')"),
+        (ValueError, "got 'ggn'", "'hessian', 'gauss_newton'"),
     ),
     "no number of the step": (
         lambda: hs.value_and_hesscale_every(10)(loss)(PARAMS, X),

@@ -152,7 +152,7 @@ def test_orthogonalised():
 # What may come
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     params = start("float32")
     grad, factors = jax.tree.map(lambda x: x.astype("float32"), curvature(params))
