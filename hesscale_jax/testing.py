@@ -231,10 +231,14 @@ def compare(estimate: Any, exact: Any) -> Report:
       median                  0.667  0.75   0.00
       total      5         5  0.267  0.80   0.90
     """
-    leaves, tree = jax.tree.flatten(estimate)
-    others, other_tree = jax.tree.flatten(exact)
-    if tree != other_tree or list(map(np.shape, leaves)) != list(map(np.shape, others)):
-        raise ValueError(f"the estimate is not like the exact diagonal: {tree}, {other_tree}")
+    leaves, others = jax.tree.leaves(estimate), jax.tree.leaves(exact)
+    trees: list[Any] = [jax.tree.structure(tree) for tree in (estimate, exact)]
+    shapes = [list(map(np.shape, arrays)) for arrays in (leaves, others)]
+    if trees[0] != trees[1] or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the estimate is not like the exact diagonal: {trees[0]} of shapes {shapes[0]}, and "
+            f"{trees[1]} of shapes {shapes[1]}"
+        )
     every = [np.arange(np.size(x)) for x in leaves]
     of_leaves = [np.asarray(x, np.float64).ravel() for x in others]
     return _report(_paths(estimate), leaves, every, of_leaves, list(map(np.zeros_like, leaves)))
