@@ -135,9 +135,9 @@ class _Pointwise(NamedTuple):
 
     def push(self, slopes: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         pairs = zip(slopes, tangents, strict=True)
-        terms = [s * d for s, d in pairs if d is not None]
-        # A conversion's slope is in the dtype that it converts to.
-        return [sum(terms).astype(self.eqn.outputs[0].dtype) if terms else None]
+        # A slope has the dtype of the result; of a conversion the operand has another.
+        terms = [s * d.astype(s.dtype) for s, d in pairs if d is not None]
+        return [sum(terms) if terms else None]
 
 
 class _Other(NamedTuple):
