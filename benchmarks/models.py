@@ -240,9 +240,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean over every axis, of one output for each target."""
+    return optax.l2_loss(outputs[..., 0], targets).mean()
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Classification of random inputs with random labels, by a model with random parameters.
+
+    With one class it is regression, as a critic's, with labels N(0, 1).
 
     Attributes:
         model: builds the model from an `nnx.Rngs`.
@@ -267,7 +274,10 @@ class Task:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         input_key, label_key = jax.random.split(jax.random.key(seed))
         shape = (self.batch, *self.input_shape)
-        if self.vocabulary is None:
+        if self.classes == 1:
+            inputs = jax.random.normal(input_key, shape, dtype)
+            labels = jax.random.normal(label_key, (self.batch,), dtype)
+        elif self.vocabulary is None:
             inputs = jax.random.normal(input_key, shape, dtype)
             labels = jax.random.randint(label_key, (self.batch,), 0, self.classes)
         else:
@@ -282,10 +292,15 @@ class Task:
         # A copy, whose running statistics may be renewed within a trace.
         return lambda params, rest, inputs: nnx.merge(graphdef, params, rest, copy=True)(inputs)
 
+    @property
+    def criterion(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The loss of the outputs and the labels."""
+        return squared_error if self.classes == 1 else cross_entropy
+
     @functools.cached_property
     def loss(self) -> Callable[..., jax.Array]:
-        """The mean cross-entropy, as a function of the parameters and the batch."""
-        return lambda params, rest, inputs, labels: cross_entropy(
+        """The mean loss, as a function of the parameters and the batch."""
+        return lambda params, rest, inputs, labels: self.criterion(
             self.predict(params, rest, inputs), labels
         )
 
@@ -326,6 +341,7 @@ QUALITY_TASKS = (
         for name, activation in _ACTIVATIONS.items()
     }
     | {
+        "critic, 3 hidden, tanh": mlp_task(8, 16, 16, 16, 16, 1, activation=jnp.tanh),
         "CNN, max-pool relu": cnn_task(8, jax.nn.relu, nnx.max_pool),
         "CNN, avg-pool tanh": cnn_task(8, jnp.tanh, nnx.avg_pool),
         "CNN, GroupNorm gelu": cnn_task(8, jax.nn.gelu, nnx.avg_pool, group_norm=True),

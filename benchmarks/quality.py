@@ -2,10 +2,13 @@
 
 For small models with random parameters and a random batch, in float64, the error of an estimate is
 `sum |estimate - exact| / sum |exact|` over all parameters, averaged over seeds. Estimating zero has
-error 1. The models are classifiers of random inputs (`models.py`), or with `--models` whole models
-as they are found in the field (`zoo.py`). Columns:
+error 1. A table each has the error of the whole, that of the median and of the worst array of
+parameters ("leaf"), and the median of Spearman's rank correlation and of the agreement of signs
+over the leaves. The models are classifiers and a critic of random inputs (`models.py`), or with
+`--models` whole models as they are found in the field (`zoo.py`). Columns:
 
     HesScale, HesScaleGN     this library, `curvature="hessian"` and `"gauss_newton"`
+    refined                  this library, `curvature="refined"`; not with `--models`
     Hutchinson 1, 8, 50      mean of so many samples `z * (H z)`, z random signs
     exact GGN                diagonal of the generalised Gauss-Newton matrix, without approximation
     grad squared             the square of the batch's gradient, as in Adam
@@ -40,17 +43,20 @@ import numpy as np
 import optax
 from hutchinson import value_and_hutchinson
 from jax.flatten_util import ravel_pytree
-from models import PAPER_TASKS, QUALITY_TASKS, Params, Task, cross_entropy
+from models import PAPER_TASKS, QUALITY_TASKS, Params, Task
 from rich.progress import Progress
 from table import Table, console, output_path, write
 from zoo import ZOO, Model
 
 import hesscale_jax as hs
+from hesscale_jax.testing import Report, compare
 
 WHOLE = "whole diagonal"
+MEDIAN, WORST = "median leaf", "worst leaf"
+RANK, SIGN = "rank correlation, median leaf", "sign agreement, median leaf"
 EXACT = "exact"
 ABSOLUTE = "absolute exact"
-HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton"}
+HESSCALE = {"HesScale": "hessian", "HesScaleGN": "gauss_newton", "refined": "refined"}
 COLUMNS = (
     *HESSCALE,
     *("BL89", "GGN-MC 1", "GGN-MC 50"),
@@ -58,7 +64,8 @@ COLUMNS = (
     *("exact GGN", "grad squared", ABSOLUTE, "zero"),
 )
 
-Errors = dict[str, float | str]  # by method; in place of an error, why there is none
+# By method; in place of a figure why there is none, or None where it is not defined.
+Errors = dict[str, float | str | None]
 Diagonals = dict[str, Params]
 
 
@@ -82,7 +89,7 @@ def exact_diagonals(task: Task, params: Params, *batch: Any) -> Diagonals:
     *inputs, labels = batch
 
     def loss(logits: jax.Array) -> jax.Array:
-        return cross_entropy(logits, labels)
+        return task.criterion(logits, labels)
 
     def entries(coordinate: Params) -> tuple[jax.Array, jax.Array]:
         logits, slope, bend = second_derivatives(
@@ -142,28 +149,37 @@ def by_gradient(loss: Callable[..., jax.Array], params: Params, *batch: Any) -> 
     }
 
 
+def becker_lecun(task: Task, params: Params, *batch: Any) -> tuple[Params, Params]:
+    """The gradient, and Becker and LeCun's diagonal, of a classifier."""
+    *inputs, labels = batch
+    logits = task.predict(params, *inputs)
+    gradient = jax.grad(task.criterion)(logits, labels)
+    # Of a softmax taken entry by entry, the loss is curved along the label's logit alone.
+    p, label = jax.nn.softmax(logits), jax.nn.one_hot(labels, logits.shape[-1])
+    curvature = label * p * (1 - p) / labels.size
+
+    def loss(params: Params) -> jax.Array:
+        shift = task.predict(params, *inputs) - logits
+        return jnp.sum(gradient * shift + curvature * shift**2 / 2)
+
+    return hs.hesscale(loss)(params)
+
+
 def of_the_papers(
     task: Task, counts: Sequence[int], key: jax.Array, params: Params, *batch: Any
 ) -> Diagonals:
     """Becker and LeCun's diagonal, and the Gauss-Newton diagonal by labels that are drawn."""
     *inputs, labels = batch
     logits = task.predict(params, *inputs)
-    (examples, _) = logits.shape
-    gradient = jax.grad(cross_entropy)(logits, labels)
-    # Of a softmax taken entry by entry, the loss is curved along the label's logit alone.
-    p, label = jax.nn.softmax(logits), jax.nn.one_hot(labels, logits.shape[-1])
-    curvature = label * p * (1 - p) / examples
-
-    def becker_lecun(params: Params) -> jax.Array:
-        shift = task.predict(params, *inputs) - logits
-        return jnp.sum(gradient * shift + curvature * shift**2 / 2)
 
     def sample(key: jax.Array) -> Params:
         drawn = jax.random.categorical(key, logits)
-        return jax.tree.map(lambda g: examples * g**2, jax.grad(task.loss)(params, *inputs, drawn))
+        return jax.tree.map(
+            lambda g: labels.size * g**2, jax.grad(task.loss)(params, *inputs, drawn)
+        )
 
     samples = jax.lax.map(sample, jax.random.split(key, max(counts)))
-    _, diagonal = hs.hesscale(becker_lecun)(params)
+    _, diagonal = becker_lecun(task, params, *batch)
     return {"BL89": diagonal} | {
         f"GGN-MC {count}": jax.tree.map(lambda s, n=count: s[:n].mean(axis=0), samples)
         for count in counts
@@ -184,10 +200,16 @@ def measure(
     advance: Callable[[], None],
     paper: bool = False,
 ) -> dict[str, Errors]:
-    """The mean errors over the seeds: of the whole diagonal and of each parameter, by method."""
+    """The means over the seeds, by method.
+
+    Errors of the whole diagonal, of the median and the worst leaf, the median leaf's correlation
+    and agreement of signs, and errors of each leaf.
+    """
     params, batch = subject.draw(0, jnp.float64)
     methods, raised = {}, {}
     for name, curvature in HESSCALE.items():
+        if name == "refined" and not isinstance(subject, Task):
+            continue  # Many have more outputs than it takes.
         method = hs.hesscale(subject.loss, curvature=curvature)
         try:
             jax.eval_shape(method, params, *batch)
@@ -197,32 +219,45 @@ def measure(
             methods[name] = method
 
     @jax.jit
-    def errors(key: jax.Array, *args: Any) -> dict[str, jax.Array]:
+    def diagonals(key: jax.Array, *args: Any) -> Diagonals:
         by_method = {name: method(*args)[1] for name, method in methods.items()}
         by_method |= by_sampling(subject.loss, counts, key, *args)
         by_method |= exact(*args)
         by_method |= by_gradient(subject.loss, *args)
-        hessian = by_method.pop(EXACT)
         if paper:
             by_method |= of_the_papers(subject, counts, key, *args)
-            by_method[ABSOLUTE] = jax.tree.map(jnp.abs, hessian)
-        return {
-            name: absolute_sums(jax.tree.map(jnp.subtract, estimate, hessian))
-            / absolute_sums(hessian)
-            for name, estimate in by_method.items()
-        }
+            by_method[ABSOLUTE] = jax.tree.map(jnp.abs, by_method[EXACT])
+        return by_method
 
-    draws = []
+    draws: list[dict[str, dict[str, float]]] = []
     for seed in range(seeds):
         params, batch = subject.draw(seed, jnp.float64)
-        draws.append(jax.device_get(errors(jax.random.key(seed), params, *batch)))
+        found = jax.device_get(diagonals(jax.random.key(seed), params, *batch))
+        exact_one = found.pop(EXACT)
+        draws.append({name: figures(compare(each, exact_one)) for name, each in found.items()})
         advance()
 
-    means = {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
-    columns = [name for name in COLUMNS if name in means or name in raised]
+    def mean(name: str, part: str) -> float | None:
+        known = [draw[name][part] for draw in draws if not np.isnan(draw[name][part])]
+        return float(np.mean(known)) if known else None
+
+    columns = [name for name in COLUMNS if name in draws[0] or name in raised]
     return {
-        part: {name: raised.get(name) or float(means[name][index]) for name in columns}
-        for index, part in enumerate([WHOLE, *parameter_names(params)])
+        part: {name: raised.get(name) or mean(name, part) for name in columns}
+        for part in draws[0]["zero"]
+    }
+
+
+def figures(report: Report) -> dict[str, float]:
+    errors = {leaf.path: leaf.error for leaf in report.leaves}
+    ranks = [leaf.rank_correlation for leaf in report.leaves]
+    return {
+        WHOLE: report.total.error,
+        MEDIAN: float(np.median(list(errors.values()))),
+        WORST: report.worst_first[0].error,
+        RANK: float(np.median([r for r in ranks if not np.isnan(r)] or [np.nan])),
+        SIGN: float(np.median([leaf.sign_agreement for leaf in report.leaves])),
+        **errors,
     }
 
 
@@ -232,10 +267,10 @@ def parameter_names(params: Params) -> list[str]:
     return [name.removesuffix(".value") for name in names]  # of a variable of Flax
 
 
-def cell(error: float | str) -> str:
-    if isinstance(error, str):
-        return error
-    return "0" if error < 1e-12 else f"{error:.2g}"
+def cell(error: float | str | None) -> str:
+    if error is None or isinstance(error, str):
+        return error or ""
+    return "0" if abs(error) < 1e-12 else f"{error:.2g}"
 
 
 def table(title: str, results: dict[str, Errors]) -> Table:
@@ -284,8 +319,17 @@ def main() -> None:
 
         results = dict(zip(names, pool.map(measured, names), strict=True))
 
-    title = f"Relative L1 error of the Hessian diagonal, mean of {seeds} seeds"
-    tables = [table(title, {name: errors[WHOLE] for name, errors in results.items()})]
+    tables = [
+        table(
+            f"{title}: {part}, mean of {seeds} seeds",
+            {name: errors[part] for name, errors in results.items()},
+        )
+        for title, parts in (
+            ("Relative L1 error of the Hessian diagonal", (WHOLE, MEDIAN, WORST)),
+            ("Order and signs of the Hessian diagonal", (RANK, SIGN)),
+        )
+        for part in parts
+    ]
     if options.per_layer:
         tables += [table(name, errors) for name, errors in results.items()]
     for t in tables:

@@ -135,7 +135,9 @@ class _Pointwise(NamedTuple):
 
     def push(self, slopes: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         pairs = zip(slopes, tangents, strict=True)
-        return [sum(s * d for s, d in pairs if d is not None)]
+        # A slope has the dtype of the result; of a conversion the operand has another.
+        terms = [s * d.astype(s.dtype) for s, d in pairs if d is not None]
+        return [sum(terms) if terms else None]
 
 
 class _Other(NamedTuple):

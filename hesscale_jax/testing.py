@@ -23,7 +23,7 @@ from hesscale_jax.moments import spread_dtype
 from hesscale_jax.rules import RULES
 from hesscale_jax.transform import hesscale, transposed
 
-__all__ = ["Agreement", "Report", "check_hesscale", "check_rule"]
+__all__ = ["Agreement", "Report", "check_hesscale", "check_rule", "compare"]
 
 # How many Hessian-vector products are computed at a time.
 BATCH = 8
@@ -201,10 +201,58 @@ def check_hesscale(
         grads, diagonal = jax.jit(hesscale(loss, **how))(leaves)
         expected = jax.jit(jax.grad(loss))(leaves)
         _assert_gradients_close(paths, grads, expected)
-        sizes = [h.size for h in diagonal]
-        chosen = _choose(key, sizes, num_coordinates)
+        chosen = _choose(key, [h.size for h in diagonal], num_coordinates)
         exact = _exact_entries(loss, leaves, chosen)
 
+    return _report(paths, diagonal, chosen, exact, expected)
+
+
+def compare(estimate: Any, exact: Any) -> Report:
+    """How well an estimate of the Hessian's diagonal agrees with the exact one.
+
+    Args:
+      estimate: A pytree of arrays, from whatever method.
+      exact: The same of the exact diagonal.
+
+    Returns:
+      A :class:`Report`, as :func:`check_hesscale` has it, with every entry compared.
+
+    Raises:
+      ValueError: The trees, or the shapes of their arrays, differ.
+
+    Examples:
+      >>> import numpy as np
+      >>> from hesscale_jax.testing import compare
+      >>> exact = {"b": np.array([1.0, -2.0]), "w": np.array([3.0, 4.0, 5.0])}
+      >>> print(compare({"b": np.array([1.0, 2.0]), "w": exact["w"]}, exact))
+              size  compared  error  sign   rank
+      b          2         2  1.333  0.50  -1.00
+      w          3         3  0.000  1.00   1.00
+      median                  0.667  0.75   0.00
+      total      5         5  0.267  0.80   0.90
+    """
+    leaves, others = jax.tree.leaves(estimate), jax.tree.leaves(exact)
+    trees: list[Any] = [jax.tree.structure(tree) for tree in (estimate, exact)]
+    shapes = [list(map(np.shape, arrays)) for arrays in (leaves, others)]
+    if trees[0] != trees[1] or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the estimate is not like the exact diagonal: {trees[0]} of shapes {shapes[0]}, and "
+            f"{trees[1]} of shapes {shapes[1]}"
+        )
+    every = [np.arange(np.size(x)) for x in leaves]
+    of_leaves = [np.asarray(x, np.float64).ravel() for x in others]
+    return _report(_paths(estimate), leaves, every, of_leaves, list(map(np.zeros_like, leaves)))
+
+
+def _report(
+    paths: Sequence[str],
+    diagonal: Sequence[Any],
+    chosen: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    grads: Sequence[Any],
+) -> Report:
+    """Of the entries at the ``chosen`` positions of each array; ``exact`` has only these."""
+    sizes = [h.size for h in diagonal]
     of_leaves = [np.asarray(h, np.float64).ravel() for h in diagonal]
     estimates = [h[at] for h, at in zip(of_leaves, chosen, strict=True)]
     # How many entries of its array each of the compared ones stands for.
@@ -223,7 +271,7 @@ def check_hesscale(
                 grad=np.asarray(grad, np.float64),
             )
             for path, h, e, x, w, grad in zip(
-                paths, of_leaves, estimates, exact, weights, expected, strict=True
+                paths, of_leaves, estimates, exact, weights, grads, strict=True
             )
         ),
         _agreement(
@@ -231,7 +279,7 @@ def check_hesscale(
             *(np.concatenate(of_leaves), estimate, every, weight),
             zero=0.0,
             mean=mean,
-            grad=np.concatenate([np.asarray(grad, np.float64).ravel() for grad in expected]),
+            grad=np.concatenate([np.asarray(grad, np.float64).ravel() for grad in grads]),
         ),
     )
 

@@ -257,6 +257,21 @@ def test_refined_is_the_matrix_and_hesscales_residual(name):
     np.testing.assert_allclose(refined, exact + (hessian - gauss_newton), rtol=1e-9, atol=1e-11)
 
 
+def test_a_model_that_computes_in_another_dtype():
+    """A layer in float32 of parameters in float64, as Flax casts a softmax."""
+
+    def loss(params):
+        hidden = jnp.tanh((X @ params["w"]).astype(jnp.float32)).astype(X.dtype)
+        return cross_entropy(hidden @ params["o"])
+
+    params = {"w": normal(1, 4, 5), "o": normal(2, 5, 3)}
+    _, received = hs.hesscale(loss, curvature="refined")(params)
+    flat, unravel = ravel_pytree(params)
+    expected = jnp.diagonal(jax.hessian(lambda flat: loss(unravel(flat)))(flat))
+    # Of numbers below 1 in float32.
+    np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=0, atol=1e-6)
+
+
 def test_penalties_and_several_outputs():
     """A policy, a value and a penalty; what is shared is summed before it is squared."""
     params = {"in": normal(1, 4, 5), "policy": normal(2, 5, 3), "value": normal(3, 5)}

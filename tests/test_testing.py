@@ -12,7 +12,7 @@ from cases import normal
 from flax import linen, nnx
 
 import hesscale_jax as hs
-from hesscale_jax.testing import Agreement, Report, _choose, _exact_entries, check_hesscale
+from hesscale_jax.testing import Agreement, Report, _choose, _exact_entries, check_hesscale, compare
 
 KEY = jax.random.key(2)
 X = normal(7, 3, seed=8)
@@ -105,6 +105,31 @@ def test_the_total_weighs_parameters_by_their_size():
     magnitude = jax.tree.map(lambda x: jnp.abs(x).sum(), exact_diagonal(fun, params))
     wrong = sum(rows[path].error * magnitude[path] for path in params)
     np.testing.assert_allclose(report.total.error, wrong / sum(magnitude.values()), rtol=1e-9)
+
+
+def test_compare_is_the_check_of_every_entry():
+    params = deep_parameters()
+    _, estimate = hs.hesscale(deep)(params)
+    received = compare(estimate, exact_diagonal(deep, params))
+    expected = check_hesscale(deep, params, key=KEY)
+    assert received.total.error > 0.01
+    for row, other in zip(
+        (*received.leaves, received.total), (*expected.leaves, expected.total), strict=True
+    ):
+        assert (row.path, row.compared) == (other.path, other.compared)
+        np.testing.assert_allclose(
+            (row.error, row.sign_agreement, row.rank_correlation),
+            (other.error, other.sign_agreement, other.rank_correlation),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+
+
+def test_compare_of_unlike_trees_raises():
+    x = np.ones(3)
+    for estimate in ({"a": x}, {"b": np.ones(4)}, {"b": x, "c": x}):
+        with pytest.raises(ValueError, match="not like the exact diagonal"):
+            compare(estimate, {"b": x})
 
 
 def test_a_wrong_diagonal_shows():
