@@ -432,6 +432,9 @@ def test_composes_with_transformations():
     assert_close(lax.cond(True, transformed, transformed, PARAMS, INPUTS), expected)
     assert_close(remat(transformed)(PARAMS, INPUTS), expected)
 
+
+@pytest.mark.slow
+def test_derivatives_of_the_diagonal_do_not_depend_on_loops():
     def trace(fun):
         return jax.jit(
             jax.grad(lambda *args: sum(map(jnp.sum, jax.tree.leaves(hs.hesscale(fun)(*args)[1]))))
