@@ -15,6 +15,7 @@ products a layer and HesScale two more, so that 5/3 is the floor (a little less,
 needs no gradient of its input). Every method returns the value and the gradient too:
 
     HesScale, HesScaleGN   this library, `curvature="hessian"` and `"gauss_newton"`
+    HesScale, bf16 products   with `product_dtype=jnp.bfloat16`
     Hutchinson 1           one sample `z * (H z)`; drawing it is part of the call
     every 10               the mean over ten steps of `value_and_hesscale_every(10)`, of which one
                            computes the diagonal: in one program with a branch, which fills

@@ -159,7 +159,7 @@ def adam(scan: bool) -> Any:
     return optimizer, step
 
 
-# What the loss says of where a value lies then holds for its cotangents too, as with `jax.grad`.
+# What the loss says of where a value lies then holds for its curvature inside of blocks, too.
 SHARDED_CURVATURE = hs.RULES | {"sharding_constraint": hs.rules.selection}
 
 

@@ -111,7 +111,7 @@ def value_and_factors(
         or :class:`Bases` of its inputs and outputs; or None for the coordinates.
       weighted: Whether to weight the second moment by curvature, or each input by 1.
       max_inputs: Of a layer with more inputs, the second moment is left out: it would be too large.
-      product_dtype: As there.
+      product_dtype: As there, of the products between layers; the factors are computed in float32.
       rules: As there.
 
     Returns:

@@ -142,11 +142,14 @@ def known(x: Any) -> Factor:
 def of_atom(atom: Value | Constant) -> Factor:
     """The primal of a value or a constant."""
     shape = tuple(atom.shape)
-    if isinstance(atom, Constant) and not isinstance(x := atom.value, jax.core.Tracer):
-        small = np.ndim(x) == 0 or not _is_number(x)
-        if small:
-            return known(x)
+    if isinstance(atom, Constant) and _is_known(atom.value):
+        return known(atom.value)
     return Factor(shape, frozenset([atom]), lambda read: read(atom))
+
+
+def _is_known(x: Any) -> bool:
+    """Whether it is kept by value, as scales and positions are: not an array of numbers."""
+    return not isinstance(x, jax.core.Tracer) and (np.ndim(x) == 0 or not _is_number(x))
 
 
 def _is_number(x: Any) -> bool:

@@ -52,7 +52,7 @@ class LoopArithmetic:
         guide = through.guide
         move = moved(through.carries[guide], around.block.spans[self._ends[guide]])
         self._outside = tuple(map(move, through.axes))
-        self._frame = BlockArithmetic(through.block, {}, lambda value: None, around.reader)
+        self._frame = BlockArithmetic(through.block, {}, lambda value: None, around.reader_in)
         self._covariances = {}
         for x, y in itertools.combinations_with_replacement(through.operands, 2):
             axes = self._axes(through.operands[x], through.operands[y])

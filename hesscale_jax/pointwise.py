@@ -108,7 +108,7 @@ class BlockArithmetic:
         block: Block,
         forms: dict[Value, Form],
         spread_of: Callable[[Any], Any],
-        reader: Callable[[Any], Reader],
+        reader_in: Callable[[Any], Reader],
     ) -> None:
         """Start a block.
 
@@ -117,7 +117,7 @@ class BlockArithmetic:
           forms: The forms, in its frame, of what it reads that is not independent.
           spread_of: Gives the spread with which a value made elsewhere enters the block, or that
             of a form's source.
-          reader: What a form is computed from, in a dtype.
+          reader_in: Gives what forms are computed from, in a dtype.
         """
         self.block = block
         self._frame, self._reduced = block.frame, block.reduced
@@ -125,8 +125,8 @@ class BlockArithmetic:
         self._dtype = spread_dtype(*(value.dtype for value in block.spans))
         self._spread_of = spread_of
         self._forms = forms
-        self.reader = reader
-        self._reader = reader(self._dtype)
+        self.reader_in = reader_in
+        self._reader = reader_in(self._dtype)
         self._primal = self._reader.primal
         self._form_of: dict[Local, Form | None] = {}
         self._derived: dict[Value, Derived] = {}

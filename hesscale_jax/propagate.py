@@ -158,7 +158,7 @@ class _Walk:
         results = _one_per_output(eqn, rule(eqn, operands, Recursion(self, eqn)))
         if eqn in self.images.products:
             forms = self.images.products[eqn]
-            results = [met(eqn, results[0], forms, self._varies, self._reader, self.curved(eqn))]
+            results = [met(eqn, results[0], forms, self._varies, self._reader_in, self.curved(eqn))]
         return results
 
     def _in_block(self, eqn: Equation, rule: Any) -> Moments:
@@ -219,18 +219,18 @@ class _Walk:
     def _arithmetic(self, block: Block) -> BlockArithmetic:
         if block not in self._blocks:
             forms = self.images.blocks.get(block, {})
-            self._blocks[block] = BlockArithmetic(block, forms, self._varies, self._reader)
+            self._blocks[block] = BlockArithmetic(block, forms, self._varies, self._reader_in)
         return self._blocks[block]
 
     def _varies(self, source: Value | Part) -> Any:
         """The spread of a source of forms."""
         if isinstance(source, Value):
             return self._collapsed(source).spread
-        reader = self._reader(spread_dtype(source.value.dtype))
+        reader = self._reader_in(spread_dtype(source.value.dtype))
         return variance(source.form, self._varies, reader)
 
-    def _reader(self, dtype: Any) -> Reader:
-        """What factors of forms are computed from."""
+    def _reader_in(self, dtype: Any) -> Reader:
+        """What factors of forms are computed from, in a dtype."""
         rule = self.rules.get("dot_general")
         products = rule if isinstance(rule, Multilinear) else multilinear
         return Reader(self._primal, dtype, products.within)

@@ -188,6 +188,20 @@ def test_every_door_takes_it():
         )
 
 
+def test_factors_take_it_between_layers():
+    loss, args = program("MLP, 3 hidden, gelu", jnp.float32)
+
+    def factors(product_dtype):
+        _, (grads, factors) = jax.jit(hs.value_and_factors(loss, product_dtype=product_dtype))(
+            *args
+        )
+        return grads, factors
+
+    (grads, narrow), (expected_grads, wide) = factors(jnp.bfloat16), factors(jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
+    assert 0 < relative(narrow, wide) < LIMIT
+
+
 def test_steps_in_bfloat16_train_as_in_float32():
     loss, (params, *batch) = program("MLP, 3 hidden, gelu", jnp.float32)
 

@@ -165,7 +165,7 @@ def met(
     y: Moments,
     forms: tuple[Form, Form],
     vary: Callable[[Any], Any],
-    reader: Callable[[Any], Reader],
+    reader_in: Callable[[Any], Reader],
     curved: bool,
 ) -> Moments:
     """The moments of a product of two images of one value, as ``x^T x`` and ``x^T A x``.
@@ -179,7 +179,7 @@ def met(
     for k, of_factor in enumerate(forms):
         form = form.plus(of_factor.times(factors[1 - k]))
     shape = eqn.outputs[0].shape
-    array = reader(spread_dtype(y.primal.dtype))
+    array = reader_in(spread_dtype(y.primal.dtype))
     spread = variance(form.summed(summed).reshaped(shape), vary, array)
     shift = y.shift
     if curved:
