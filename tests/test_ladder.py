@@ -211,6 +211,14 @@ MIXING = {
     "factorised": lambda w: jnp.linalg.qr(X @ w)[0],
     "parameters in a row": lambda w: jnp.concatenate([w, w[:2]]) * X[:, :3],
     "a parameter for each": lambda w: jnp.tanh(jnp.concatenate([w, w]))[:6, :1] * X,
+    "summed over a window": lambda w: jax.lax.reduce_window(
+        X @ w, 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"
+    ),
+    "padded": lambda w: jax.lax.pad((X @ w), 0.0, ((1, -1, 0), (0, 0, 0))),
+    "along the axis of a convolution": lambda w: jax.lax.conv_general_dilated(
+        (X @ w)[None], jnp.ones((3, 3, 3)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0],
+    "stacked": lambda w: jnp.stack([*(X @ w)[1:], (X @ w)[0]]),
     "rolled": lambda w: jnp.roll(jnp.reshape(X @ w, (2, 9)), 1, 1).reshape(6, 3),
     "transposed and back": lambda w: (X @ w).T.reshape(6, 3),
 }
@@ -221,6 +229,23 @@ def test_what_mixes_examples_is_not_taken_apart(name):
     program, steps = model_program(MIXING[name], normal(1, 4, 3))
     with pytest.raises(Mixed):
         Examples(program, steps, 6)
+
+
+def test_an_example_may_read_rows_of_a_table_that_is_computed():
+    """Each takes the whole table as its own, as it takes parameters."""
+
+    def model(w):
+        return checkpoint_name(jnp.tanh(X @ w)[jnp.array([1, 0, 2, 2, 4, 5])], "model_output")
+
+    def head(z):
+        return jnp.sum(z**4) + jnp.sum(jnp.prod(z, -1) ** 2)
+
+    w = normal(1, 4, 3)
+    program, steps = model_program(model, w)
+    assert Examples(program, steps, 6).count == 6
+    received = diagonal(lambda w: head(model(w)), w, "exact_gauss_newton")
+    expected = dense_gauss_newton(model, head, w)
+    np.testing.assert_allclose(received, expected, rtol=1e-10, atol=1e-12 * expected.max())
 
 
 def test_a_parameter_for_each_example_mixes_them():
