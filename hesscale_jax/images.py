@@ -163,8 +163,13 @@ class Images:
 
     def _needed(self) -> Iterable[tuple[Equation, Needs]]:
         used: list[tuple[Equation, Iterable[Form]]] = list(self.products.items())
-        first = {block: eqn for eqn, block in reversed(self._steps.blocks.items())}
-        used += [(first[block], forms.values()) for block, forms in self.blocks.items()]
+        # In each region that a block reaches, they are used anew.
+        first = {(block, eqn.region): eqn for eqn, block in reversed(self._steps.blocks.items())}
+        used += [
+            (eqn, self.blocks[block].values())
+            for (block, _), eqn in first.items()
+            if block in self.blocks
+        ]
         for eqn, forms in used:
             needs = Needs(set(), set())
             for form in forms:
@@ -180,16 +185,15 @@ class Images:
         for eqn, block in self._steps.blocks.items():
             members.setdefault(block, []).append(eqn)
         for block, equations in members.items():
-            loops = any(eqn in self._steps.loops for eqn in equations)
-            if block.cut or block.along or loops or len({eqn.region for eqn in equations}) > 1:
+            if block.cut or block.along:
                 continue
             made = {v for eqn in equations for v in eqn.outputs}
             if self.last.isdisjoint(made):
                 continue
-            reads = dict.fromkeys(
-                v for eqn in equations for v in self._active(eqn) if v not in made
-            )
-            met = self._met(block, [v for v in reads if _is_known(v)])
+            reads = dict.fromkeys(v for eqn in equations for v in self._active(eqn))
+            # What a loop of the block scans over lies nowhere in it.
+            entering = [v for v in reads if v not in made and v in block.spans]
+            met = self._met(block, list(filter(_is_known, entering)))
             if met:
                 yield block, met
 

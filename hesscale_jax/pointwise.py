@@ -65,10 +65,13 @@ class Local:
 
 @dataclasses.dataclass(eq=False)
 class Sum:
-    """A reduction, by its derivatives ``w`` in local roots, and the form that it has."""
+    """A reduction, by its derivatives ``w`` in local roots.
+
+    Of what it adds up, what has a form is ``added``, with its factor at each position.
+    """
 
     of_local: dict[Local, Coefficient]
-    form: Form | None = None
+    added: dict["Local | Sum", Coefficient] = dataclasses.field(default_factory=dict)
     depth: ClassVar[int] = 1
 
 
@@ -128,7 +131,7 @@ class BlockArithmetic:
         self.reader_in = reader_in
         self._reader = reader_in(self._dtype)
         self._primal = self._reader.primal
-        self._form_of: dict[Local, Form | None] = {}
+        self._form_of: dict[Local | Sum, Form | None] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
         self._joint: dict[tuple[Value, Value], Any] = {}  # covariances of two sources, both ways
@@ -305,6 +308,8 @@ class BlockArithmetic:
         self._covariances.clear()
         self._entrywise_covariances.clear()
         self._local_covariances.clear()
+        self._form_of.clear()
+        self._reader = self.reader_in(self._dtype)
 
     # A loop that is part of the block: see hesscale_jax.loops
 
@@ -435,17 +440,15 @@ class BlockArithmetic:
     def _sum_of(self, root: Root, c: Coefficient) -> Sum:
         """``w = c D + sum_k (sum_i c_i U_k) w_k`` for a root ``u``."""
         w: dict[Local, Coefficient] = {}
-        forms: list[Form] = []
+        added: dict[Local | Sum, Coefficient] = {}
         for leaf, d in _leaves({root: c}).items():
+            if self._form(leaf):
+                added[leaf] = d
             if isinstance(leaf, Local):
                 _add(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
-                form = self._form(leaf)
-                forms += [self._times(form, d).summed(self._reduced)] if form else []
             else:
-                d = self._sum(d, self._reduced, missing=True)
-                _add(w, leaf.of_local, d)
-                forms += [self._times(leaf.form, d)] if leaf.form else []
-        return Sum(w, functools.reduce(Form.plus, forms) if forms else None)
+                _add(w, leaf.of_local, self._sum(d, self._reduced, missing=True))
+        return Sum(w, added)
 
     # Covariances: linear in the spreads of the sources
 
@@ -545,16 +548,25 @@ class BlockArithmetic:
 
     def _form(self, root: Local | Sum) -> Form | None:
         """The form of a local root, or of a reduction, if it has one."""
-        if isinstance(root, Sum):
-            return root.form
         if root not in self._form_of:
-            forms = [
-                self._times(Form(self._frame, self._forms[value].of), d)
-                for value, d in root.of_source.items()
-                if value in self._forms
-            ]
+            forms = list(self._images(root))
             self._form_of[root] = functools.reduce(Form.plus, forms) if forms else None
         return self._form_of[root]
+
+    def _images(self, root: Local | Sum) -> Iterator[Form]:
+        """The forms that add up to that of a root."""
+        if isinstance(root, Local):
+            for value, d in root.of_source.items():
+                if value in self._forms:
+                    yield self._times(Form(self._frame, self._forms[value].of), d)
+            return
+        for leaf, d in root.added.items():
+            form = self._form(leaf)
+            assert form is not None
+            if isinstance(leaf, Local):
+                yield self._times(form, d).summed(self._reduced)
+            else:
+                yield self._times(form, self._sum(d, self._reduced, missing=True))
 
     def _times(self, form: Form, coefficient: Coefficient) -> Form:
         if not form.of or coefficient is None:

@@ -989,6 +989,20 @@ def plain_last_layer(rng: random.Random) -> Case:
     return last_layer(rng, bent=False)
 
 
+def meeting(rng: random.Random) -> Case:
+    """A block of some linear images of one layer's weights, or of parts of them."""
+    program = Program(rng)
+    batch, width, classes = rng.choice(((3, 2, 4), (2, 3, 3), (1, 4, 2), (4, 1, 3), (3, 3, 1)))
+    weight = program.input((width, classes), exact=True)
+    images = []
+    for _ in range(rng.randint(2, 3)):
+        x = program.constant((batch, width))
+        images.append(program.add(f"{x} @ {weight}", (batch, classes)))
+    program.nodes = [*images, program.constant((batch, classes))]
+    z = grow_block(program, images[0].shape, (1,))
+    return case(program, program.choose("jnp.sum({})", "jnp.mean({})").format(z))
+
+
 def linear(program: Program, x: Node, classes: int, bent: bool = True) -> Node:
     """``x @ weight + bias``."""
     weight = program.input((x.shape[1], classes), exact=True)
@@ -1147,7 +1161,7 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
 
 
 def respelled(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A program with identities between its lines."""
+    """A program with identities between its lines, some of which are under ``jax.checkpoint``."""
     text = (fun.__doc__ or "").split("\n{")[0]
     rng = random.Random(len(text))
 
@@ -1157,10 +1171,26 @@ def respelled(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return line + f"\n{indent}{name} = IDENTITIES[{k}]({name})" * (k < len(IDENTITIES))
 
     text = re.sub(r"^(( *)(v\d+) = .*)$", same, text, flags=re.MULTILINE)
+    text = under_checkpoint(text, rng)
     scope = {**fun.__globals__, "IDENTITIES": IDENTITIES}
     exec(text, scope)
     scope["f"].__doc__ = text
     return scope["f"]
+
+
+def under_checkpoint(text: str, rng: random.Random) -> str:
+    """A program with some of its statements, one after the other, under ``jax.checkpoint``."""
+    head, *body = text.split("\n")
+    found = re.findall(r"(?:^ {4}@.*\n)*^ {4}[^ @].*(?:\n {5,}.*)*", "\n".join(body), re.MULTILINE)
+    i, j = sorted(rng.randrange(len(found)) for _ in range(2))
+    before, part = ("\n".join(found[at]) for at in (slice(0, i), slice(i, j)))
+    made, old = (re.findall(r"^ {4}(v\d+) = ", lines, re.MULTILINE) for lines in (part, before))
+    if not made:
+        return text
+    results, given = ", ".join(dict.fromkeys(made)), ", ".join(sorted({*made} & {*old}))
+    inside = f"    @jax.checkpoint\n    def part({given}):\n{textwrap.indent(part, '    ')}"
+    inside += f"\n        return [{results}]\n    [{results}] = part({given})"
+    return "\n".join([head, *found[:i], inside, *found[j:]])
 
 
 def check_in(test: Case, everywhere: Sequence[int], curvature: str) -> list[Any]:
@@ -1286,13 +1316,15 @@ def check_half(test: Case) -> None:
 
 
 def check_convex(test: Case) -> None:
-    """Gauss-Newton is not negative."""
-    for i, h in enumerate(check_diagonal(test._replace(exact=[]), "gauss_newton")):
-        assert np.min(h) >= -1e-12 * max(FLOOR, np.abs(h).max()), f"negative hess_diag {i}"
+    """Gauss-Newton is not negative, but for what rounding leaves of terms that cancel."""
+    diagonals = check_diagonal(test._replace(exact=[]), "gauss_newton")
+    scale = max(1.0, *(np.abs(h).max() for h in diagonals))
+    for i, h in enumerate(diagonals):
+        assert np.min(h) >= -1e-12 * scale, f"negative hess_diag {i}"
 
 
 # A diagonal does not depend on what else is differentiated, nor on how the program is written.
-EXACT = {"chain": chain, "last_layer": last_layer, "units": units}
+EXACT = {"chain": chain, "last_layer": last_layer, "meeting": meeting, "units": units}
 
 
 FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None]]] = {
@@ -1306,6 +1338,7 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None
     "chain": (chain, check_diagonal),
     "loop": (loop, check_loop),
     "last_layer": (last_layer, check_diagonal),
+    "meeting": (meeting, check_diagonal),
     "plain_last_layer": (plain_last_layer, check_gauss_newton),
     "units": (units, check_diagonal),
     "penalized": (penalized, check_diagonal),
