@@ -381,8 +381,6 @@ def uses_state(eqn: Equation) -> bool:
 def pure(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, list[Any]]:
     """The jaxpr of a function and its results at ``args``, without effects that are not needed."""
     closed = trace(function, *args)
-    if not (closed.effects or holds_callback({"jaxpr": closed})):
-        return closed, core.jaxpr_as_fun(closed)(*args)
     program = flatten(closed, effects=False)
     return closed, evaluate(program, args, program.outputs)
 

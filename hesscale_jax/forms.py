@@ -62,7 +62,7 @@ class Reader:
     primal: Callable[[Value], Any]
     dtype: Any
     within: Callable[..., Any]
-    _arrays: dict[int, tuple["Factor", Any]] = dataclasses.field(default_factory=dict)
+    _known: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, atom: Value | Constant) -> Any:
         """The primal of a value, or a constant."""
@@ -75,9 +75,17 @@ class Reader:
 
     def array(self, factor: "Factor") -> Any:
         """A factor, computed once."""
-        if id(factor) not in self._arrays:
-            self._arrays[id(factor)] = factor, factor.compute(self)
-        return self._arrays[id(factor)][1]
+        return self.once(factor, factor.compute, self)
+
+    def numbers(self, factor: "Factor") -> Any:
+        """The same as numbers, in the dtype."""
+        return self.once((factor, self.dtype), lambda: self.number(self.array(factor)))
+
+    def once(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, computed once by a key that holds while the arguments exist."""
+        if key not in self._known:
+            self._known[key] = args, function(*args)
+        return self._known[key][1]
 
 
 class TooLarge(Exception):
@@ -166,7 +174,7 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     reads = a.reads | b.reads
 
     def add(read: Reader) -> Any:
-        x, y = (read.number(read.array(f)) for f in (a, b))
+        x, y = map(read.numbers, (a, b))
         return _scaled(of_a, x) + _scaled(of_b, y)
 
     return Factor(a.shape, reads, add)
@@ -201,6 +209,12 @@ class Term:
     summed: int = 0
     once: bool = True
     finite: bool = True
+
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What it is but for its scale: the same for a term of the same arrays."""
+        at = tuple((True, a) if isinstance(a, int) else (False, id(a)) for a in self.at)
+        return self.summed, at, tuple(sorted(map(id, self.factors)))
 
     def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
         """With a change of the value's axes, which come first, applied to every array."""
@@ -604,6 +618,45 @@ def _of_pair(
     read: Reader,
     over: Sequence[int],
 ) -> Any:
+    """``sum_s M_y[t, s] M_z[t, s] v[s]`` for a term of each, but for their scales.
+
+    Factors that depend on ``t`` alone are taken out of the sum, which is computed once for all
+    terms that differ in these.
+    """
+    rank = len(shape)
+    pair, outside = [], []
+    for term in (a, b):
+        within = [_depends(f, (*over, *range(rank, len(f.shape)))) for f in term.factors]
+        outside += [f for f, depends in zip(term.factors, within, strict=True) if not depends]
+        inside = tuple(f for f, depends in zip(term.factors, within, strict=True) if depends)
+        pair.append(dataclasses.replace(term, factors=inside))
+    a, b = sorted(pair, key=lambda term: term.key)
+    key = a.key, b.key, id(spread), tuple(shape), tuple(over)
+    y = read.once(key, _sum_over_source, a, b, spread, shape, read, over)
+    if y is None:
+        return None
+    outside.sort(key=id)
+    return read.once((key, *outside), _times, y, outside, read)
+
+
+def _times(x: Any, factors: Sequence[Factor], read: Reader) -> Any:
+    """``x`` times factors that have no axes but its own."""
+    arrays = (read.numbers(f) for f in factors)
+    return functools.reduce(jnp.multiply, (y.reshape(y.shape[: x.ndim]) for y in arrays), x)
+
+
+def _depends(f: Factor, axes: Iterable[int]) -> bool:
+    return any(f.shape[i] != 1 for i in axes)
+
+
+def _sum_over_source(
+    a: Term,
+    b: Term,
+    spread: Any,
+    shape: Sequence[int],
+    read: Reader,
+    over: Sequence[int],
+) -> Any:
     rank = len(shape)
     of_source = range(rank, rank + spread.ndim)
     masks: list[Factor] = []
@@ -635,8 +688,10 @@ def _of_pair(
         (functools.reduce(jnp.multiply, same), key[1:]) for key, same in arrays.items()
     ]
     for mask in masks:
-        operands.append((read.number(read.array(mask)), range(rank + spread.ndim)))
-    operands.append(_at(spread, gathered, rank, of_source, read))
+        operands.append((read.numbers(mask), range(rank + spread.ndim)))
+    places = tuple(gathered.items())
+    at = read.once((id(spread), places, rank), _at, spread, gathered, rank, of_source, read)
+    operands.append(at)
     sizes = [1] * rank
     for x, at in operands:
         for n, label in zip(x.shape, at, strict=True):

@@ -537,7 +537,7 @@ class BlockArithmetic:
             covariance(
                 one.of[source],
                 other.of[source],
-                self._spread_of(source),
+                self._reader.once(source, self._spread_of, source),
                 self._frame,
                 self._reader,
             )
