@@ -26,81 +26,51 @@ reductions and results in which different roots meet are roots; and a value that
 that what holds for all of its copies is computed once.
 """
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Value, dimension, size
 from hesscale_jax.blocks import Block, Spans
+from hesscale_jax.coefficients import (
+    Cut,
+    add_to,
+    as_coefficient,
+    cut_where_zero,
+    plus,
+    quadratic,
+    scaled,
+    times,
+    uncut,
+    varies,
+)
 from hesscale_jax.forms import Factor, Form, Reader, covariance
 from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.roots import (
+    Derived,
+    Local,
+    Mixed,
+    Root,
+    Split,
+    Sum,
+    composite,
+    deeper_first,
+    held,
+    leaves_of,
+    mixed,
+    parts_of_pair,
+)
 from hesscale_jax.rules.derivatives import Coefficient, Pointwise, widened
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import Reduction, Scatter, jvp
 from hesscale_jax.segments import Segmented
 
 __all__ = ["BlockArithmetic"]
-
-
-@dataclasses.dataclass(eq=False)
-class Local:
-    """A local root, by its derivatives in the sources.
-
-    A source that has size 1 along reduced axes is ``repeated`` along them: reductions take its
-    entries in more than once. It stands alone.
-    """
-
-    of_source: dict[Value, Coefficient]
-    repeated: tuple[int, ...] = ()
-    depth: ClassVar[int] = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Sum:
-    """A reduction, by its derivatives ``w`` in local roots.
-
-    Of what it adds up, what has a form is ``added``, with its factor at each position.
-    """
-
-    of_local: dict[Local, Coefficient]
-    added: dict["Local | Sum", Coefficient] = dataclasses.field(default_factory=dict)
-    depth: ClassVar[int] = 1
-
-
-@dataclasses.dataclass(eq=False)
-class Mixed:
-    """A root that takes in reductions, by its derivatives in what it is computed from."""
-
-    parts: dict["Root | Sum", Coefficient]
-    depth: int  # more than that of any part
-
-
-Root = Local | Mixed
-
-WIDEST = 4  # sources of a local root: one of more is given by what it is computed from
-
-
-@dataclasses.dataclass
-class Derived:
-    """A value of the block: a root, and the slope of the value in it."""
-
-    root: Root
-    slope: Coefficient = 1.0
-
-
-class Split(NamedTuple):
-    """A value by its derivatives in some sources, and a root of the others."""
-
-    slopes: dict[Value, Coefficient]
-    rest: Root | None
 
 
 class BlockArithmetic:
@@ -162,19 +132,19 @@ class BlockArithmetic:
             y = _jaxpr.bind(eqn, *primals)
         slopes, curvatures = rule.derivatives(eqn, y, primals, active)
         if not rule.own_jvp:
-            shift = total(*(scaled(_plain(slopes.get(i)), shifts[i]) for i in active))
+            shift = total(*(scaled(as_coefficient(slopes.get(i)), shifts[i]) for i in active))
         wide = list(map(widened, primals))
-        if _varies(slopes, curvatures) and _jaxpr.takes(eqn, wide):
+        if varies(slopes, curvatures) and _jaxpr.takes(eqn, wide):
             # The gradient's slopes are those of jax.grad, the block's do not saturate.
             slopes, curvatures = rule.derivatives(eqn, _jaxpr.bind(eqn, *wide), wide, active)
 
         spans = self.block.spans[value]
-        entered = {i: self.enter(_plain(c), spans) for i, c in slopes.items()}
+        entered = {i: self.enter(as_coefficient(c), spans) for i, c in slopes.items()}
         if rule.cuts:
-            entered = {i: _cut(slope) for i, slope in entered.items()}
+            entered = {i: cut_where_zero(slope) for i, slope in entered.items()}
         bent = {}
         if curved:
-            bent = {pair: self.enter(_plain(c), spans) for pair, c in curvatures.items()}
+            bent = {pair: self.enter(as_coefficient(c), spans) for pair, c in curvatures.items()}
         parts = {i: self._part(eqn.inputs[i], value) for i in active}
         self._derived[value] = self._compose(parts, entered)
         shift = total(_as(shift, value), self._bend(parts, bent, value))
@@ -189,9 +159,9 @@ class BlockArithmetic:
         if all(operand.shape[i] == 1 for i in rule.axes(eqn)):
             self._derived[value] = u
         else:
-            weights = _plain(rule.weights(eqn, primals, s))
+            weights = as_coefficient(rule.weights(eqn, primals, s))
             c = times(self.enter(weights, self.block.spans[operand]), u.slope)
-            self._derived[value] = Derived(_mixed({self._sum_of(u.root, c): 1.0}))
+            self._derived[value] = Derived(mixed({self._sum_of(u.root, c): 1.0}))
         return Moments(s, shift)
 
     def view(self, eqn: Equation, operands: Sequence[Moments]) -> Moments:
@@ -211,9 +181,9 @@ class BlockArithmetic:
         spans = self.block.spans[operand]
         kept = self._kept(primals[1], by, spans)
         u = self._read(operand)
-        weights = self.enter(_plain(rule.weights(eqn, primals, s)), spans)
+        weights = self.enter(as_coefficient(rule.weights(eqn, primals, s)), spans)
         summed = self._sum_of(u.root, times(kept, times(weights, u.slope)))
-        self._derived[value] = Derived(_mixed({summed: self._reached(kept, by)}))
+        self._derived[value] = Derived(mixed({summed: self._reached(kept, by)}))
         return Moments(s, shift)
 
     def take(self, eqn: Equation, operands: Sequence[Moments], by: Segmented) -> Moments:
@@ -285,7 +255,7 @@ class BlockArithmetic:
         """Where the arrays are that the value's covariances are computed from: ``holder[key]``."""
         derived = self._derived[value]
         yield from ((self._spreads, key) for key in self._spreads if not isinstance(key, Value))
-        for holder, key in ((vars(derived), "slope"), *_held(derived.root)):
+        for holder, key in ((vars(derived), "slope"), *held(derived.root)):
             x = holder[key]
             arrays = (
                 ((vars(x), name) for name in vars(x)) if isinstance(x, Cut) else [(holder, key)]
@@ -343,7 +313,7 @@ class BlockArithmetic:
                 parts[Local({source: 1.0}, repeated)] = slope
         if alike or not parts:
             parts[Local(alike, own)] = 1.0
-        self._derived[value] = Derived(_mixed(parts) if len(parts) > 1 else next(iter(parts)))
+        self._derived[value] = Derived(mixed(parts) if len(parts) > 1 else next(iter(parts)))
 
     def derive(self, value: Value, slopes: dict[Value, Coefficient], rest: Value | None) -> None:
         """A value by its derivatives in others of the block, and a source of its own."""
@@ -379,14 +349,14 @@ class BlockArithmetic:
                 dict[Value, Coefficient](),
                 dict[Any, Coefficient](),
             )
-            for leaf, d in _leaves({v.root: v.slope}).items():
+            for leaf, d in leaves_of({v.root: v.slope}).items():
                 of_local = leaf.of_local if isinstance(leaf, Sum) else {leaf: 1.0}
                 for local, w in of_local.items():
                     inside = {s: c for s, c in local.of_source.items() if s in known}
-                    _add(slopes, inside, times(d, w))
+                    add_to(slopes, inside, times(d, w))
                 if rest(leaf):
                     left[rest(leaf)] = d
-            found.append(Split(slopes, _mixed(left) if left else None))
+            found.append(Split(slopes, mixed(left) if left else None))
         return found
 
     # Derivatives in roots, sources and sums
@@ -411,7 +381,7 @@ class BlockArithmetic:
         """An operand of a result, as a root of its own if it is broadcast to it."""
         part = self._read(operand)
         if not isinstance(part.slope, float) and size(operand.sizes) < size(result.sizes):
-            part = self._derived[operand] = Derived(_composite({part.root: part.slope}))
+            part = self._derived[operand] = Derived(composite({part.root: part.slope}))
         return part
 
     def _compose(self, parts: dict[int, Derived], slopes: dict[int, Coefficient]) -> Derived:
@@ -421,7 +391,7 @@ class BlockArithmetic:
             by_root[root] = plus(by_root.get(root), times(slope, parts[i].slope))
         if len(by_root) == 1:
             return Derived(*next(iter(by_root.items())))
-        return Derived(_composite(by_root))
+        return Derived(composite(by_root))
 
     def _bend(
         self, parts: dict[int, Derived], curvatures: dict[tuple[int, int], Any], value: Value
@@ -441,13 +411,13 @@ class BlockArithmetic:
         """``w = c D + sum_k (sum_i c_i U_k) w_k`` for a root ``u``."""
         w: dict[Local, Coefficient] = {}
         added: dict[Local | Sum, Coefficient] = {}
-        for leaf, d in _leaves({root: c}).items():
+        for leaf, d in leaves_of({root: c}).items():
             if self._form(leaf):
                 added[leaf] = d
             if isinstance(leaf, Local):
-                _add(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
+                add_to(w, {leaf: 1.0}, self._sum(d, leaf.repeated, missing=True))
             else:
-                _add(w, leaf.of_local, self._sum(d, self._reduced, missing=True))
+                add_to(w, leaf.of_local, self._sum(d, self._reduced, missing=True))
         return Sum(w, added)
 
     # Covariances: linear in the spreads of the sources
@@ -460,7 +430,7 @@ class BlockArithmetic:
         waiting = [(a, b)]
         while waiting:
             x, y = waiting[-1]
-            missing = [pair for pair in _pairs(x, y) if pair not in self._covariances]
+            missing = [pair for pair in parts_of_pair(x, y) if pair not in self._covariances]
             waiting += missing
             if not missing:
                 if (x, y) not in self._covariances:
@@ -469,7 +439,7 @@ class BlockArithmetic:
         return self._covariances[a, b]
 
     def _covariance(self, a: Root | Sum, b: Root | Sum) -> Any:
-        a, b = _deeper_first(a, b)
+        a, b = deeper_first(a, b)
         if isinstance(a, Mixed):
             return self._mixed_cov(a, b)
         assert not isinstance(b, Mixed)
@@ -522,8 +492,8 @@ class BlockArithmetic:
             return total(*(scaled(d, self._cov(x, b)) for x, d in a.parts.items()))
         parts, terms = list(a.parts.items()), []
         for i, (x, d) in enumerate(parts, 1):
-            mixed = total(*(scaled(e, self._cov(x, y)) for y, e in parts[i:]))
-            terms.append(quadratic(d, self._cov(x, x), scaled(2.0, mixed)))
+            crossed = total(*(scaled(e, self._cov(x, y)) for y, e in parts[i:]))
+            terms.append(quadratic(d, self._cov(x, x), scaled(2.0, crossed)))
         return total(*terms)
 
     # Forms
@@ -571,7 +541,7 @@ class BlockArithmetic:
     def _times(self, form: Form, coefficient: Coefficient) -> Form:
         if not form.of or coefficient is None:
             return Form(self._frame, {})
-        x = _number(coefficient)
+        x = uncut(coefficient)
         if isinstance(x, float):
             return form.times(x)
         x = x if x.ndim else x.reshape((1,) * len(self._frame))
@@ -620,7 +590,7 @@ class BlockArithmetic:
 
     def full(self, x: Coefficient, spans: Spans) -> Any:
         """A coefficient or covariance at every position of ``spans``, in the frame."""
-        x = 0.0 if x is None else _number(x)
+        x = 0.0 if x is None else uncut(x)
         return jnp.broadcast_to(jnp.asarray(x, self._dtype), self.block.view(spans))
 
     def leave_along(self, array: Any, spans: Spans, axes: Sequence[int]) -> Any:
@@ -639,7 +609,7 @@ class BlockArithmetic:
         """
         if x is None or not axes:
             return x
-        x = _number(x)
+        x = uncut(x)
         if self._along is not None and self._along.axis in axes:
             rows = self._rows()
             x = lax.convert_element_type(x, self._dtype)
@@ -664,18 +634,6 @@ def _is_by_segments(spans: Spans) -> bool:
     return any(span.by for span in spans)
 
 
-def _held(root: Root) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """Where the coefficients of a root are, and those of what it is computed from, each once."""
-    waiting, found = [root], {root}
-    while waiting:
-        for terms in vars(waiting.pop()).values():
-            for key in terms if isinstance(terms, dict) else ():
-                yield terms, key
-                if not isinstance(key, Value) and key not in found:
-                    found.add(key)
-                    waiting.append(key)
-
-
 def _as(shift: Any, value: Value) -> Any:
     """A shift in the value's shape and dtype."""
     if shift is None:
@@ -684,157 +642,5 @@ def _as(shift: Any, value: Value) -> Any:
     return lax.convert_element_type(shift, value.dtype)
 
 
-def _composite(parts: dict[Any, Coefficient]) -> Root:
-    """A root by its derivatives in other roots."""
-    of_source: dict[Value, Coefficient] = {}
-    for root, slope in parts.items():
-        if isinstance(root, Mixed) or root.repeated:
-            return _mixed(parts)
-        _add(of_source, root.of_source, slope)
-    return Local(of_source) if len(of_source) <= WIDEST else _mixed(parts)
-
-
-def _mixed(parts: dict[Any, Coefficient]) -> Mixed:
-    """A root that takes in reductions, by what makes no more parts with constant derivatives."""
-    found: dict[Any, Coefficient] = {}
-    for root, slope in parts.items():
-        inner = root.parts if isinstance(root, Mixed) else {}
-        constant = inner and all(isinstance(c, float) for c in (slope, *inner.values()))
-        _add(found, inner if constant else {root: 1.0}, slope)
-    found = found if len(found) <= len(parts) else parts
-    return Mixed(found, 1 + max(x.depth for x in found))
-
-
-def _deeper_first(a: Root | Sum, b: Root | Sum) -> tuple[Root | Sum, Root | Sum]:
-    """That of two roots first which is given by the other, or by other parts."""
-    if not isinstance(a, Mixed) or (isinstance(b, Mixed) and a.depth < b.depth):
-        return b, a
-    return a, b
-
-
-def _pairs(a: Root | Sum, b: Root | Sum) -> Iterable[tuple[Any, Any]]:
-    """The pairs of roots of whose covariances that of ``a`` and ``b`` is computed."""
-    a, b = _deeper_first(a, b)
-    if not isinstance(a, Mixed):
-        return ()
-    if a is b:
-        return itertools.combinations_with_replacement(a.parts, 2)
-    return ((x, b) for x in a.parts)
-
-
-def _leaves(parts: dict[Any, Coefficient]) -> dict[Any, Coefficient]:
-    """Derivatives in locals and reductions, of what is given by its derivatives in any roots."""
-    left, leaves = dict(parts), {}
-    while left:
-        # The deepest first, so that each is taken apart once.
-        root = max(left, key=lambda x: x.depth)
-        slope = left.pop(root)
-        if isinstance(root, Mixed):
-            _add(left, root.parts, slope)
-        else:
-            leaves[root] = slope
-    return leaves
-
-
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return x if x.shape == shape else lax.reshape(x, shape)
-
-
-# Coefficients: None is zero, 1.0 is one
-
-
-@dataclasses.dataclass(eq=False)
-class Cut:
-    """A coefficient of a path that is cut at some positions, as by a choice or by a relu.
-
-    There it is zero whatever it is multiplied by, infinities and NaN among it.
-
-    Attributes:
-      where: Where the path is open, a Boolean array.
-      number: The coefficient there, a float or an array that is 0 elsewhere.
-    """
-
-    where: Any
-    number: Any = 1.0
-
-
-def times(a: Coefficient, b: Coefficient) -> Coefficient:
-    """The product of two coefficients, cut where one of them is."""
-    if a is None or b is None:
-        return None
-    for factor, other in ((a, b), (b, a)):
-        if isinstance(factor, float) and factor == 1.0:
-            return other
-    if not (isinstance(a, Cut) or isinstance(b, Cut)):
-        return _jaxpr.multiply(a, b)
-    open_at = [x.where for x in (a, b) if isinstance(x, Cut)]
-    where = functools.reduce(jnp.logical_and, open_at)
-    number = times(*(x.number if isinstance(x, Cut) else x for x in (a, b)))
-    return Cut(where, number if isinstance(number, float) else _where(where, number))
-
-
-def scaled(coefficient: Coefficient, x: Any) -> Any:
-    """A coefficient times what is linear in shifts or spreads."""
-    if coefficient is None or x is None:
-        return None
-    if isinstance(coefficient, Cut):
-        return _where(coefficient.where, times(coefficient.number, x))
-    return times(coefficient, x)
-
-
-def _where(where: Any, x: Any) -> Any:
-    """``x`` where it says so, else 0: ``jnp.where`` traces a call."""
-    shape = lax.broadcast_shapes(where.shape, x.shape)
-    where, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (where, x))
-    return lax.select(where, x, lax.full_like(x, 0))
-
-
-def quadratic(d: Coefficient, x: Any, y: Any = None) -> Any:
-    """``d^2 x + d y``."""
-    if isinstance(d, float):
-        return total(scaled(d * d, x), scaled(d, y))
-    return scaled(d, total(scaled(d.number if isinstance(d, Cut) else d, x), y))
-
-
-def plus(a: Coefficient, b: Coefficient) -> Coefficient:
-    """The sum, cut where both are."""
-    if a is None or b is None:
-        return b if a is None else a
-    number = _jaxpr.add(_number(a), _number(b))
-    if isinstance(a, Cut) and isinstance(b, Cut):
-        return Cut(jnp.logical_or(a.where, b.where), number)
-    return number
-
-
-def _add(to: dict[Any, Coefficient], terms: dict[Any, Coefficient], factor: Coefficient) -> None:
-    """``to += factor * terms``, key by key."""
-    for key, term in terms.items():
-        to[key] = plus(to.get(key), times(factor, term))
-
-
-def _plain(x: Any) -> Coefficient:
-    """What a rule gives as a coefficient: a constant as a float, which has no dtype of its own."""
-    if x is None or isinstance(x, float):
-        return x
-    if jnp.result_type(x) == jnp.bool_:
-        return Cut(x)
-    return x if isinstance(x, jax.Array) or np.ndim(x) else float(x)
-
-
-def _cut(slope: Coefficient) -> Coefficient:
-    """A slope with the path cut where it is 0."""
-    return slope if isinstance(slope, float | Cut) else Cut(slope != 0, slope)
-
-
-def _varies(*derivatives: dict[Any, Any]) -> bool:
-    """Whether a derivative is not the same, nor 0 or 1, at every position."""
-    return any(
-        not isinstance(_plain(c), float | Cut) for each in derivatives for c in each.values()
-    )
-
-
-def _number(x: Coefficient) -> Coefficient:
-    """A coefficient without its cut."""
-    if isinstance(x, Cut):
-        return jnp.where(x.where, x.number, 0.0) if isinstance(x.number, float) else x.number
-    return x

@@ -1,0 +1,178 @@
+"""Tracing functions, and running equations."""
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax._src import config
+from jax._src import core as jax_core
+from jax._src.interpreters import partial_eval
+from jax._src.state.types import RefEffect
+from jax.extend import core
+
+from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value
+from hesscale_jax._jaxpr.sources import context
+
+__all__ = [
+    "add",
+    "at_once",
+    "bind",
+    "evaluate",
+    "is_on_cpu",
+    "is_on_one_cpu",
+    "listed",
+    "multiply",
+    "run",
+    "shard_mapped",
+    "stops_at_nans",
+    "takes",
+    "trace",
+    "uses_state",
+    "with_constants",
+    "without_state",
+]
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
+    """The jaxpr of ``fun`` at the shapes and dtypes of ``args``."""
+    return jax.make_jaxpr(fun)(*args)
+
+
+def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
+    """Apply the equation's primitive to other operands, with ``changes`` to its parameters.
+
+    Returns the result, or a list of them if the equation has not exactly one.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params | changes)
+    if eqn.primitive.name in CUSTOM:
+        # A backward pass may index what it reads by traced numbers; NumPy's arrays do not allow it.
+        operands = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in operands)
+    results = eqn.primitive.bind(*operands, **params)
+    return results[0] if eqn.primitive.multiple_results and len(results) == 1 else results
+
+
+def takes(eqn: Equation, operands: Sequence[Any]) -> bool:
+    """Whether the equation can be applied to these, which are of other dtypes than its own."""
+    other = any(x.dtype != v.dtype for x, v in zip(operands, eqn.inputs, strict=True))
+    return other and "call_jaxpr" not in eqn.params
+
+
+def listed(results: Any, eqn: Equation) -> list[Any]:
+    """What :func:`bind` returned, one entry per output of the equation."""
+    return [results] if len(eqn.outputs) == 1 else list(results)
+
+
+def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
+    """Whether an equation runs on the CPU, as far as tracing tells, and on no mesh of several."""
+    explicit = any(axis is not None for x in operands for axis in jax.typeof(x).sharding.spec)
+    explicit = explicit or eqn.params.get("out_sharding") is not None
+    several = jax.sharding.get_abstract_mesh().size > 1
+    return is_on_cpu() and not explicit and not several
+
+
+def is_on_cpu() -> bool:
+    """Whether what is traced will run on the CPU, as far as tracing tells."""
+    return jax.default_backend() == "cpu"
+
+
+def stops_at_nans() -> bool:
+    """Whether each function that runs is looked at for NaN or infinity."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """``a * b`` for arrays of one rank, or floats."""
+    return _without_dispatch(lax.mul, operator.mul, a, b)
+
+
+def add(a: Any, b: Any) -> Any:
+    """``a + b`` for arrays of one rank, or floats."""
+    return _without_dispatch(lax.add, operator.add, a, b)
+
+
+def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
+    """NumPy's dispatch takes several times as long to trace as the primitive."""
+    floats = isinstance(a, float), isinstance(b, float)
+    if all(floats):
+        return operation(a, b)
+    a = np.asarray(a, b.dtype) if floats[0] else a
+    b = np.asarray(b, a.dtype) if floats[1] else b
+    return bind(a, b) if a.dtype == b.dtype else operation(a, b)
+
+
+def run(eqn: Equation, *operands: Any) -> list[Any]:
+    """What the equation computes, from operands that no derivative flows through."""
+    with at_once() if eqn.sources[0].effects else contextlib.nullcontext():
+        return listed(bind(eqn, *operands), eqn)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Outside of the trace of ``linear_transpose``, that splits what is known from what is linear.
+
+    It has no rule for a branch that uses a mutable array.
+    """
+    trace = jax_core.trace_ctx.trace
+    if isinstance(trace, partial_eval.JaxprTrace):
+        with jax_core.set_current_trace(trace.parent_trace):
+            yield
+    else:
+        yield
+
+
+def evaluate(program: Program, operands: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+    """What some of the values of a program are."""
+    known = dict(zip(program.inputs, operands, strict=True))
+
+    def read(atom: Value | Constant) -> Any:
+        return atom.value if isinstance(atom, Constant) else known[atom]
+
+    for eqn in program.equations:
+        with context(eqn):
+            known.update(zip(eqn.outputs, run(eqn, *map(read, eqn.inputs)), strict=True))
+    return list(map(read, wanted))
+
+
+def without_state(body: Body) -> tuple[Body, list[Value]]:
+    """A body that is given what its equations with an effect return, and what that is."""
+    program = body.program
+    given = [v for eqn in program.equations if eqn.sources[0].effects for v in eqn.outputs]
+    left = [eqn for eqn in program.equations if not eqn.sources[0].effects]
+    program = Program([*program.inputs, *given], left, program.outputs)
+    # Like the choice of the branch, the first operand, what is given does not move.
+    return Body(program, [*body.inputs, *(0 for _ in given)]), given
+
+
+def uses_state(eqn: Equation) -> bool:
+    """Whether an equation reads or writes mutable arrays."""
+    return any(isinstance(effect, RefEffect) for effect in eqn.sources[0].effects)
+
+
+def with_constants(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """A jaxpr that takes what it closes over as its first operands, and what that is."""
+    count = len(closed.consts)
+
+    def function(*operands: Any) -> list[Any]:
+        given = core.ClosedJaxpr(closed.jaxpr, operands[:count])
+        return core.jaxpr_as_fun(given)(*operands[count:])
+
+    if not count:
+        return closed, []
+    return trace(function, *closed.consts, *closed.in_avals), list(closed.consts)
+
+
+def shard_mapped(eqn: Equation, fun: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
+    """``fun`` of as many operands and results, mapped as a ``shard_map`` equation is."""
+    params = eqn.params
+    return jax.shard_map(
+        fun,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=params["out_specs"],
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )

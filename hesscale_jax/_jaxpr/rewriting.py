@@ -1,0 +1,163 @@
+"""Equations that stand for others: sums of products, products of a few, short loops."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax import lax
+from jax.extend import core
+
+from hesscale_jax._jaxpr.program import CALLS, as_closed, called
+
+__all__ = [
+    "ENTRYWISE",
+    "MOVES_ENTRIES",
+    "REDUCES",
+    "SHORT",
+    "chooses",
+    "count_entrywise",
+    "free_axes",
+    "multiplied_and_summed",
+    "multiplied_out",
+    "rewritten_as",
+]
+
+
+# Linear, entry by entry, in operands that move.
+MOVES_ENTRIES = frozenset({"add", "add_any", "broadcast_in_dim", "convert_element_type", "copy"})
+MOVES_ENTRIES |= {"div", "mul", "neg", "reduce_precision", "select_n", "sub"}
+
+# What a loop's body is made of that is written out where the loop is short.
+ENTRYWISE = MOVES_ENTRIES | {"abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2"}
+ENTRYWISE |= {"atanh", "cbrt", "ceil", "clamp", "cos", "cosh", "custom_jvp_call", "eq", "erf"}
+ENTRYWISE |= {"erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "le"}
+ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "not", "or", "pow"}
+ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
+ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
+ENTRYWISE |= {"bitcast_convert_type", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
+
+# What combines all entries along axes, and how it combines two of them.
+REDUCES: dict[str, tuple[Any, Any]] = {
+    "reduce_prod": (lax.mul, lax.reduce_prod),
+    "reduce_sum": (lax.add, lax.reduce_sum),
+}
+
+# The most equations that a loop is written out to, those without derivatives by the quarter.
+SHORT = 512
+
+
+def chooses(closed: core.ClosedJaxpr) -> bool:
+    """Whether a branch is chosen, by a number of the step's it may be."""
+    return any(
+        eqn.primitive.name == "cond" or (eqn.primitive.name in CALLS and chooses(called(eqn)))
+        for eqn in closed.jaxpr.eqns
+    )
+
+
+def count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any]) -> float:
+    """The number of equations, infinite if one does not act entry by entry.
+
+    One that nothing moving enters counts a quarter: it has no derivatives. A branch is chosen by
+    what is known. What moves is added to ``moving``, what is known to ``known``.
+    """
+    count = 0.0
+    for eqn in closed.jaxpr.eqns:
+        literal = [isinstance(v, core.Literal) for v in eqn.invars]
+        moves = [not x and v in moving for x, v in zip(literal, eqn.invars, strict=True)]
+        knows = [x or v in known for x, v in zip(literal, eqn.invars, strict=True)]
+        if eqn.primitive.name in CALLS:
+            count += _count_in(called(eqn), moves, knows)
+        elif eqn.primitive.name == "cond" and knows[0]:
+            branches = map(as_closed, eqn.params["branches"])
+            count += max(_count_in(branch, moves[1:], knows[1:]) for branch in branches)
+        elif eqn.primitive.name in ENTRYWISE:
+            count += 1 if any(moves) else 0.25
+        else:
+            return math.inf
+        if any(moves):
+            moving.update(eqn.outvars)
+        elif all(knows):
+            known.update(eqn.outvars)
+    return count
+
+
+def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[bool]) -> float:
+    moving, known = (set(itertools.compress(closed.jaxpr.invars, f)) for f in (moves, knows))
+    return count_entrywise(closed, moving, known)
+
+
+def rewritten_as(eqn: Any) -> Callable[..., Any] | None:
+    """An equation that renames positions alone, as views, each of one operand."""
+    if eqn.primitive.name == "stack" and len(eqn.invars) == 1:
+        return lambda x: lax.reshape(x, eqn.outvars[0].aval.shape)
+    if eqn.primitive.name == "transpose":
+        shape = eqn.invars[0].aval.shape
+        long = [i for i in eqn.params["permutation"] if shape[i] != 1]
+        views = long == sorted(long)
+        return (lambda x: lax.reshape(x, eqn.outvars[0].aval.shape)) if views else None
+    if eqn.primitive.name not in ("device_put", "optimization_barrier") or len(eqn.invars) == 1:
+        return None
+    lists = {k: v for k, v in eqn.params.items() if isinstance(v, list | tuple)}
+    each = [{k: type(v)([v[i]]) for k, v in lists.items()} for i in range(len(eqn.invars))]
+    bind = eqn.primitive.bind
+    return lambda *xs: [
+        bind(x, **{**eqn.params, **own})[0] for x, own in zip(xs, each, strict=True)
+    ]
+
+
+def free_axes(eqn: Any) -> list[list[int]]:
+    """The axes of each factor of a ``dot_general`` that it neither sums over nor runs over."""
+    sides = zip(*eqn.params["dimension_numbers"], strict=True)
+    return [
+        [i for i in range(len(v.aval.shape)) if i not in (*summed, *batch)]
+        for v, (summed, batch) in zip(eqn.invars, sides, strict=True)
+    ]
+
+
+def multiplied_and_summed(eqn: Any) -> Callable[[Any, Any], Any]:
+    result, free = eqn.outvars[0].aval, free_axes(eqn)
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = (
+        [
+            [i - sum(j < i for j in ones) for i in axes]
+            for axes, ones in zip(sides, free, strict=True)
+        ]
+        for sides in eqn.params["dimension_numbers"]
+    )
+
+    def multiply_and_sum(lhs: Any, rhs: Any) -> Any:
+        lhs, rhs = (
+            lax.squeeze(x, ones) if ones else x for x, ones in zip((lhs, rhs), free, strict=True)
+        )
+        partner = dict(zip((*lhs_axes, *lhs_batch), (*rhs_axes, *rhs_batch), strict=True))
+        rhs = _transpose(rhs, [partner[i] for i in range(lhs.ndim)])
+        wide = [
+            lax.convert_element_type(x, result.dtype) if x.dtype != result.dtype else x
+            for x in (lhs, rhs)
+        ]
+        rows = lax.reduce_sum(lax.mul(*wide), tuple(lhs_axes))
+        kept = sorted(lhs_batch)
+        rows = _transpose(rows, [kept.index(i) for i in lhs_batch])
+        return lax.reshape(rows, result.shape) if any(free) else rows
+
+    return multiply_and_sum
+
+
+def multiplied_out(eqn: Any) -> Callable[[Any], Any]:
+    """A product of entries, one after the other."""
+    axes = eqn.params["axes"]
+
+    def multiply(x: Any) -> Any:
+        rest = [i for i in range(x.ndim) if i not in axes]
+        count = math.prod(x.shape[i] for i in axes)
+        rows = lax.reshape(_transpose(x, [*axes, *rest]), (count, *(x.shape[i] for i in rest)))
+        return functools.reduce(
+            lax.mul, (lax.index_in_dim(rows, i, 0, False) for i in range(count))
+        )
+
+    return multiply
+
+
+def _transpose(x: Any, permutation: list[int]) -> Any:
+    return x if permutation == sorted(permutation) else lax.transpose(x, permutation)
