@@ -13,6 +13,7 @@ What loss there is of parameters alone, a penalty, has no such outputs: HesScale
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -67,6 +68,15 @@ def gauss_newton(
     def rule(eqn: Equation) -> Any:
         return find(rules, eqn)
 
+    if _jaxpr.sums_wrongly(program):
+        warnings.warn(
+            "jaxlib 0.10 adds up many gradients at once wrongly now and then, on a CPU and not in "
+            "float64: the diagonal may hold NaN or large numbers. Set XLA_FLAGS="
+            "--xla_cpu_experimental_ynn_fusion_type= in the environment before JAX is imported, "
+            "or use a newer jaxlib.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     check_regions(program)
     steps = plan(program, program.inputs, program.outputs[:1], rule)
     named = names_output(program)

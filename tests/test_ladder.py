@@ -1,5 +1,8 @@
 """The exact diagonal of the Gauss-Newton matrix, and the refined one, against dense algebra."""
 
+import contextlib
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -390,3 +393,21 @@ def test_errors_say_what_to_do(monkeypatch):
     normalised, params, head, _ = MODELS["batch normalisation"]
     with pytest.raises(ValueError, match=r"18, more than 3; .*'sub' mixes .*test_ladder.py"):
         hs.hesscale(lambda p: head(normalised(p)), **exact)(params)
+
+
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined", "gauss_newton"])
+def test_a_jaxlib_that_adds_up_wrongly_is_warned_of(curvature, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    w = jnp.ones((4, 3), jnp.float32)
+
+    def differentiate(w):
+        loss = hs.hesscale(lambda w: cross_entropy(X.astype(w.dtype) @ w), curvature=curvature)
+        jax.eval_shape(loss, w)
+
+    monkeypatch.setenv("XLA_FLAGS", "--other --xla_cpu_experimental_ynn_fusion_type=")
+    differentiate(w)
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    differentiate(w.astype(float))
+    warned = pytest.warns(RuntimeWarning, match="XLA_FLAGS")
+    with contextlib.nullcontext() if curvature == "gauss_newton" else warned:
+        differentiate(w)

@@ -1,7 +1,9 @@
 """Tracing functions, and running equations."""
 
 import contextlib
+import importlib.metadata
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from jax._src.interpreters import partial_eval
 from jax._src.state.types import RefEffect
 from jax.extend import core
 
-from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value
+from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value, is_inexact
 from hesscale_jax._jaxpr.sources import context
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "run",
     "shard_mapped",
     "stops_at_nans",
+    "sums_wrongly",
     "takes",
     "trace",
     "uses_state",
@@ -77,6 +80,18 @@ def is_on_one_cpu(eqn: Equation, *operands: Any) -> bool:
 def is_on_cpu() -> bool:
     """Whether what is traced will run on the CPU, as far as tracing tells."""
     return jax.default_backend() == "cpu"
+
+
+def sums_wrongly(program: Program) -> bool:
+    """Whether XLA may add up gradients of this program wrongly: see docs/reference/versions.md.
+
+    Fusions of jaxlib 0.10 for YNNPACK do so on a CPU, of what is not in float64.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    off = "xla_cpu_experimental_ynn_fusion_type=" in (flag.lstrip("-") for flag in flags)
+    narrow = any(is_inexact(v) and v.dtype != np.float64 for v in program.inputs)
+    faulty = importlib.metadata.version("jaxlib").startswith("0.10.")
+    return is_on_cpu() and narrow and faulty and not off
 
 
 def stops_at_nans() -> bool:
