@@ -59,7 +59,7 @@ class Multilinear:
 
         def square(factor: Any) -> Any:
             factor = lax.convert_element_type(factor, wide)
-            return factor * factor
+            return _jaxpr.multiply(factor, factor)
 
         def product(a: Any, b: Any) -> Any:
             return None if a is None or b is None else _bind(eqn, a, b, *rest)
