@@ -514,7 +514,22 @@ class BlockArithmetic:
             for source in one.of
             if source in other.of
         )
-        return total(*terms)
+        return scaled(self._open(a), scaled(self._open(b), total(*terms)))
+
+    def _open(self, root: Local | Sum) -> Coefficient:
+        """Where a path from a source of forms to a root is open: cut elsewhere, else 1."""
+        return self._reader.once((root, "open"), self._opened, root)
+
+    def _opened(self, root: Local | Sum) -> Coefficient:
+        if isinstance(root, Local):
+            paths = [d for value, d in root.of_source.items() if value in self._forms]
+        else:
+            paths = [times(d, self._open(leaf)) for leaf, d in root.added.items()]
+        cuts = [path.where for path in paths if isinstance(path, Cut)]
+        if len(cuts) < len(paths):
+            return 1.0
+        where = functools.reduce(jnp.logical_or, cuts)
+        return Cut(self._any(where, self._reduced) if isinstance(root, Sum) else where)
 
     def _form(self, root: Local | Sum) -> Form | None:
         """The form of a local root, or of a reduction, if it has one."""
@@ -605,11 +620,12 @@ class BlockArithmetic:
         """The sum over axes of the frame, which stay with size 1.
 
         An axis along which ``x`` is the same everywhere counts as often as the frame has it if
-        ``missing``, else once.
+        ``missing``, else once. Where all that is added up is cut, so is the sum.
         """
         if x is None or not axes:
             return x
-        x = uncut(x)
+        if isinstance(x, Cut):
+            return Cut(self._any(x.where, axes), self._sum(uncut(x), axes, missing))
         if self._along is not None and self._along.axis in axes:
             rows = self._rows()
             x = lax.convert_element_type(x, self._dtype)
@@ -623,6 +639,10 @@ class BlockArithmetic:
             x = lax.reduce_sum(lax.convert_element_type(x, self._dtype), present)
             x = lax.reshape(x, kept)
         return times(_jaxpr.number(absent, self._dtype), x) if missing else x
+
+    def _any(self, where: Any, axes: Sequence[int]) -> Any:
+        """Whether it is so anywhere along axes of the frame, which stay with size 1."""
+        return self._sum(lax.convert_element_type(where, self._dtype), axes) > 0
 
 
 def _wide(ids: Any) -> Any:

@@ -29,6 +29,16 @@ def masked_cross_entropy(x):
     return -jnp.sum(nn.log_softmax(logits)[:, 1])
 
 
+def softmax_of_copies(copy):
+    """Over the copies of positive entries: of a column, there are none."""
+
+    def loss(x):
+        copies = copy(x)
+        return jnp.sum(nn.softmax(copies, 0, where=copies > 0) ** 2)
+
+    return loss, jnp.array([[0.5, -0.3], [0.2, -0.1]])
+
+
 # Every loss is such that its Hessian is diagonal, or one block.
 def log_where_positive(x):
     return jnp.where(x > 0, jnp.log(x), 0.0)
@@ -70,6 +80,11 @@ FINITE = {
         jnp.array([0.0, 0.3, 2.0]),
     ),
     "softmax, masked": (masked_cross_entropy, normal(2, 3)),
+    "softmax, a column masked whole": softmax_of_copies(lambda x: 2 * x),
+    "softmax, a column of copies masked whole": softmax_of_copies(lambda x: jnp.tile(x, (2, 1))),
+    "softmax, a column of rows masked whole": softmax_of_copies(
+        lambda x: jnp.broadcast_to(x[:1], (2, 2))
+    ),
     "softmax of large logits": (
         lambda x: -jnp.sum(nn.log_softmax(x)[:, 1]),
         1e4 * normal(2, 3),
