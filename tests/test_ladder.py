@@ -411,3 +411,22 @@ def test_a_jaxlib_that_adds_up_wrongly_is_warned_of(curvature, monkeypatch):
     warned = pytest.warns(RuntimeWarning, match="XLA_FLAGS")
     with contextlib.nullcontext() if curvature == "gauss_newton" else warned:
         differentiate(w)
+
+
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined"])
+def test_a_loop_s_step_may_choose_a_branch_by_what_it_computes(curvature):
+    def step(h, w):
+        return lax.cond(jnp.sum(h) > 0, jnp.tanh, jnp.sin, h @ w)
+
+    def looped(p):
+        h, _ = lax.scan(lambda h, _: (step(h, p["w"]), None), X, None, length=2)
+        return cross_entropy(h @ p["v"])
+
+    def written_out(p):
+        return cross_entropy(step(step(X, p["w"]), p["w"]) @ p["v"])
+
+    params = {"w": normal(1, 4, 4), "v": normal(2, 4, 3)}
+    received, expected = (
+        hs.hesscale(f, curvature=curvature)(params) for f in (looped, written_out)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), received, expected)

@@ -208,3 +208,19 @@ def test_what_a_step_sums_and_hands_out_has_the_variance_that_the_contract_gives
         return jnp.sum(lax.scan(step, scale * x, None, length=length)[1] ** 2)
 
     oracle.check(loss, jnp.array(0.4), normal(2, N))
+
+
+def test_a_loop_of_one_step_is_its_body():
+    def step(carry, t):
+        x, y = carry
+        return (0.5 * y, jnp.tanh(x)), jnp.vdot(x, y) * jnp.sum(t)
+
+    def looped(x):
+        (a, b), ys = lax.scan(step, (x, x), x[None], length=1, reverse=True)
+        return jnp.sum(ys**2) + jnp.vdot(a, b)
+
+    def once(x):
+        (a, b), y = step((x, x), x)
+        return y**2 + jnp.vdot(a, b)
+
+    assert_close(hs.hesscale(looped)(normal(4)), hs.hesscale(once)(normal(4)))

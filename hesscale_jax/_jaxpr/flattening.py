@@ -141,9 +141,8 @@ class _Builder:
                 results = self.inline(called(eqn), inputs, *within, in_parts=in_parts, steps=steps)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
-            elif steps and eqn.primitive.name == "cond":
-                which, *operands = inputs
-                branch = as_closed(eqn.params["branches"][int(self._numbers.of(which))])
+            elif steps and (branch := self._branch(eqn, inputs)):
+                operands = inputs[1:]
                 within = (eqn, *callers), region
                 results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
             elif source := self._moves.unmoved(eqn, inputs):
@@ -204,8 +203,16 @@ class _Builder:
         stacked = zip(*(stacks[t] for t in times), strict=True)
         return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
 
+    def _branch(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
+        """The branch that a ``cond`` takes, if it is known by a number."""
+        if eqn.primitive.name != "cond" or (which := self._numbers.of(inputs[0])) is None:
+            return None
+        return as_closed(eqn.params["branches"][int(which)])
+
     def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a loop acts entry by entry on what it carries, in few equations over all steps.
+
+        One of a single step is none.
 
         What the steps hand out is stacked, if it is a table's: if nothing moves that is scanned
         over.
@@ -215,7 +222,7 @@ class _Builder:
         if not isinstance(length, int) or not length or eqn.effects:
             return False
         closed = as_closed(eqn.params["jaxpr"])
-        if sum(1 for _ in inner_equations(eqn.params)) * length <= self._unroll:
+        if length == 1 or sum(1 for _ in inner_equations(eqn.params)) * length <= self._unroll:
             return True
         if len(eqn.outvars) == len(carry) and not chooses(closed):
             return False  # A block leads through it.
