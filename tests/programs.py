@@ -1252,7 +1252,9 @@ def check_block(test: Case) -> None:
     value, grads, diagonals = oracle.computed(received, *args)
     testing.assert_close(value, y.x[None], RTOL, "value")
     jacobian, bends = (
-        np.zeros((y.x.size, 1)) if part is None else part.reshape(y.x.size, -1)
+        np.zeros((y.x.size, sum(x.size for x in args)))
+        if part is None
+        else part.reshape(y.x.size, -1)
         for part in (y.d, y.dd)
     )
     g, h = g.reshape(-1, 1), h.reshape(-1, 1)
