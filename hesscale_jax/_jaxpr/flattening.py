@@ -214,8 +214,8 @@ class _Builder:
 
         One of a single step is none.
 
-        What the steps hand out is stacked, if it is a table's: if nothing moves that is scanned
-        over.
+        What the steps hand out is stacked, and what they scan over of what moves has to be what
+        another loop's have stacked.
         """
         length = eqn.params["length"]
         _, carry, xs = scan_groups(eqn)
@@ -224,13 +224,13 @@ class _Builder:
         closed = as_closed(eqn.params["jaxpr"])
         if length == 1 or sum(1 for _ in inner_equations(eqn.params)) * length <= self._unroll:
             return True
-        if len(eqn.outvars) == len(carry) and not chooses(closed):
+        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
+        scanned = [inputs[i] for i in xs if moves[i]]
+        apart = all(self._stacks.get(x, (None,))[0] == 0 for x in scanned)
+        if len(eqn.outvars) == len(carry) and not chooses(closed) and not (scanned and apart):
             return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
-        if len(eqn.outvars) > len(carry) and (
-            any(moves[i] for i in xs) or any(map(is_complex, avals))
-        ):
+        if len(eqn.outvars) > len(carry) and (not apart or any(map(is_complex, avals))):
             return False
         variables = closed.jaxpr.invars
         moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
