@@ -224,3 +224,24 @@ def test_a_loop_of_one_step_is_its_body():
         return y**2 + jnp.vdot(a, b)
 
     assert_close(hs.hesscale(looped)(normal(4)), hs.hesscale(once)(normal(4)))
+
+
+PPF_SLOPES = jax.grad(lambda x: jnp.sum(jax.scipy.stats.norm.ppf(0.1 + 0.8 * jax.nn.sigmoid(x))))
+
+
+HORNER = {
+    "nothing": PPF_SLOPES,
+    "a loop": lambda x: lax.fori_loop(0, 2, lambda _, y: 0.5 * PPF_SLOPES(y), x),
+    "a branch": lambda x: lax.cond(x[0, 0] < 9.0, PPF_SLOPES, jnp.sin, x),
+}
+
+
+@pytest.mark.parametrize("within", HORNER)
+def test_the_gradient_of_horner_s_scheme_is_exact(within):
+    x = normal(3, 2)
+
+    def loss(x):
+        return jnp.sum(HORNER[within](x))
+
+    expected = jnp.diag(jax.hessian(loss)(x).reshape(6, 6)).reshape(3, 2)
+    assert_close(jax.jit(hs.hesscale(loss))(x)[1], expected)

@@ -1,6 +1,6 @@
 """The programs that an equation runs, and whether they act entry by entry."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,15 +35,15 @@ def has_effects(program: "Program") -> bool:
     )
 
 
-def body(jaxpr: Any, eqn: Equation) -> Body:
-    """A body that takes the operands of its equation in order.
+def body(jaxpr: Any, eqn: Equation, given: Sequence[Any] = ()) -> Body:
+    """A body that takes the operands of its equation in order, of which some are given.
 
     What a function with its own derivative computes is run for its curvature besides that
     derivative: without effects.
     """
     custom = eqn.name in CUSTOM
     apart = not (custom and function_name(eqn).startswith(ONE_RESULT))
-    program = flatten(as_closed(jaxpr), eqn.sources, not custom, apart, eqn.ruled)
+    program = flatten(as_closed(jaxpr), eqn.sources, not custom, apart, eqn.ruled, given=given)
     return Body(program, range(len(program.inputs)))
 
 
@@ -52,15 +52,16 @@ def bodies_of(eqn: Equation) -> Iterator[Body]:
     match eqn.name:
         case "scan":
             first, last = (group.start for group in scan_groups(eqn)[1:])
-            step = body(params["jaxpr"], eqn)
+            step = body(params["jaxpr"], eqn, eqn.inputs[:first])
             yield Body(step.program, step.inputs, {i: first + i for i in range(last - first)})
         case "while":
             consts = params["cond_nconsts"]
-            step = body(params["body_jaxpr"], eqn)
-            carry = {i: params["body_nconsts"] + i for i in range(len(eqn.outputs))}
+            first = params["body_nconsts"]
+            step = body(params["body_jaxpr"], eqn, eqn.inputs[consts : consts + first])
+            carry = {i: first + i for i in range(len(eqn.outputs))}
             yield Body(step.program, [consts + i for i in step.inputs], carry)
         case "cond":
-            for branch in (body(jaxpr, eqn) for jaxpr in params["branches"]):
+            for branch in (body(jaxpr, eqn, eqn.inputs[1:]) for jaxpr in params["branches"]):
                 yield Body(branch.program, [1 + i for i in branch.inputs])
         case "custom_jvp_call" if is_own(eqn):
             return

@@ -1,6 +1,7 @@
 """From a jaxpr to a :class:`Program`: calls written out, equal equations merged."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -63,6 +64,7 @@ def flatten(
     apart: bool = True,
     ruled: Container[Any] = (),
     unroll: int = 0,
+    given: Sequence[Any] = (),
 ) -> Program:
     """Write out nested calls, merge equal equations, drop what no output needs.
 
@@ -70,11 +72,17 @@ def flatten(
     equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
     rule of its own that acts entry by entry stands there once for each result, if they are to be
     taken ``apart``; one that mixes entries stands there as its rule says, unless its label is among
-    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out.
+    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out. Of the
+    inputs some may be ``given``, by constants of few numbers: these are read in their place.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     builder = _Builder(inputs, apart, ruled, unroll=unroll)
-    outputs = builder.inline(closed, inputs, callers)
+    numbers = Numbers({})
+    read = [
+        x if isinstance(x, Constant) and numbers.of(x) is not None else v
+        for x, v in itertools.zip_longest(given, inputs)
+    ]
+    outputs = builder.inline(closed, read, callers)
     last = (*closed.jaxpr.eqns[-1:], *callers)
     outputs = [
         builder.together(x, var, last) for x, var in zip(outputs, closed.jaxpr.outvars, strict=True)
