@@ -534,7 +534,7 @@ class Through(NamedTuple):
     operands: dict[Value, Spans]
     carries: dict[int, Spans]
     scanned: frozenset[Value]
-    depends: dict[int, frozenset[Value]]
+    depends: dict[int, list[Value]]
     fed: frozenset[int]
     sums: bool
 
@@ -604,7 +604,7 @@ def _through(
         carries={i: block.spans[outputs[i]] for i in carries},
         scanned=frozenset(scanned),
         depends={
-            i: frozenset(moving[j] for j in (found | {first + i}) & moving.keys())
+            i: list(dict.fromkeys(moving[j] for j in sorted(found | {first + i}) if j in moving))
             for i, found in reach.items()
         },
         fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),

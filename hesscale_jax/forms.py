@@ -101,12 +101,14 @@ class Factor:
       reads: The program's values and constants that it is computed from, but for what is known.
       compute: The array, from a function that gives the primals of those values.
       static: The array, if it is known.
+      serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
     shape: tuple[int, ...]
     reads: frozenset[Value | Constant]
     compute: Callable[[Reader], Any]
     static: np.ndarray | None = None
+    serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
         """``function`` of it, which works on arrays of NumPy and of JAX."""
@@ -213,8 +215,8 @@ class Term:
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """What it is but for its scale: the same for a term of the same arrays."""
-        at = tuple((True, a) if isinstance(a, int) else (False, id(a)) for a in self.at)
-        return self.summed, at, tuple(sorted(map(id, self.factors)))
+        at = tuple((True, a) if isinstance(a, int) else (False, a.serial) for a in self.at)
+        return self.summed, at, tuple(sorted(f.serial for f in self.factors))
 
     def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
         """With a change of the value's axes, which come first, applied to every array."""
@@ -635,7 +637,7 @@ def _of_pair(
     y = read.once(key, _sum_over_source, a, b, spread, shape, read, over)
     if y is None:
         return None
-    outside.sort(key=id)
+    outside.sort(key=lambda f: f.serial)
     return read.once((key, *outside), _times, y, outside, read)
 
 

@@ -268,18 +268,17 @@ class _Walk:
         handed.update((v, None) for v in self._program.outputs if v in made)
         shared = dict.fromkeys(v for v, eqn in reading if self._stays(v, eqn))
         read_here, read_after = self._read_by_forms(inside)
-        handed.update((v, None) for v in (*read_after.values, *read_after.sources) if v in made)
+        handed.update((v, None) for v in made if v in read_after.values | read_after.sources)
         shared.update((v, None) for v in made if v in self._kept and v in self._home)
         spread = [v for v, eqn in reading if eqn in self.plan.rules and not self._stays(v, eqn)]
         spread += [v for v in self._program.outputs if v in made and self._spreads]
-        spread += [v for v in read_after.sources if v in made]
+        spread += [v for v in made if v in read_after.sources]
 
         for value, eqn in entering:
             if eqn in self.plan.rules and not self._stays(value, eqn):
                 self._collapsed(value)
-        for value in read_here.sources:
-            if value not in made:
-                self._collapsed(value)
+        for value in [v for v in self._moments if v in read_here.sources - made.keys()]:
+            self._collapsed(value)
         before = [v for v, eqn in entering if self._stays(v, eqn)]
         known = {id(holder[key]) for holder, key in self._held(before)}
         held: list[tuple[dict[Any, Any], Any]] = []

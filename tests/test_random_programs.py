@@ -75,6 +75,21 @@ def test_random_program(family: str) -> None:
     run()
 
 
+@pytest.mark.parametrize("family", ["meeting", "units", "loop"])
+def test_traced_again_it_is_the_same_program(family: str) -> None:
+    # In several processes too, which have to run the same: no order is that of a set.
+    for seed in range(5):
+        fun, args, *_ = programs.FAMILIES[family][0](random.Random(seed))
+        fun = programs.respelled(fun) if family in programs.EXACT else fun
+
+        def lowered(fun=fun, args=args) -> str:
+            transformed = hs.hesscale(lambda *args: fun(*args), range(len(args)))
+            return jax.jit(transformed).lower(*args).as_text()
+
+        kept = [lowered() for _ in range(2)]
+        assert lowered() == kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_jit_equals_eager(seed: int) -> None:
     fun, args, *_ = programs.anything(random.Random(seed))
