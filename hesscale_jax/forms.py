@@ -628,9 +628,8 @@ def _of_pair(
     rank = len(shape)
     pair, outside = [], []
     for term in (a, b):
-        within = [_depends(f, (*over, *range(rank, len(f.shape)))) for f in term.factors]
-        outside += [f for f, depends in zip(term.factors, within, strict=True) if not depends]
-        inside = tuple(f for f, depends in zip(term.factors, within, strict=True) if depends)
+        inside = tuple(f for f in term.factors if _depends(f, (*over, *range(rank, len(f.shape)))))
+        outside += [f for f in term.factors if f not in inside]
         pair.append(dataclasses.replace(term, factors=inside))
     a, b = sorted(pair, key=lambda term: term.key)
     key = a.key, b.key, id(spread), tuple(shape), tuple(over)
@@ -648,6 +647,7 @@ def _times(x: Any, factors: Sequence[Factor], read: Reader) -> Any:
 
 
 def _depends(f: Factor, axes: Iterable[int]) -> bool:
+    """Whether it is not the same everywhere along these axes."""
     return any(f.shape[i] != 1 for i in axes)
 
 

@@ -534,11 +534,11 @@ class BlockArithmetic:
     def _form(self, root: Local | Sum) -> Form | None:
         """The form of a local root, or of a reduction, if it has one."""
         if root not in self._form_of:
-            forms = list(self._images(root))
+            forms = list(self._addends(root))
             self._form_of[root] = functools.reduce(Form.plus, forms) if forms else None
         return self._form_of[root]
 
-    def _images(self, root: Local | Sum) -> Iterator[Form]:
+    def _addends(self, root: Local | Sum) -> Iterator[Form]:
         """The forms that add up to that of a root."""
         if isinstance(root, Local):
             for value, d in root.of_source.items():

@@ -990,7 +990,7 @@ def plain_last_layer(rng: random.Random) -> Case:
 
 
 def meeting(rng: random.Random) -> Case:
-    """A block of some linear images of one layer's weights, or of parts of them."""
+    """A block of some linear images of one layer's weights."""
     program = Program(rng)
     batch, width, classes = rng.choice(((3, 2, 4), (2, 3, 3), (1, 4, 2), (4, 1, 3), (3, 3, 1)))
     weight = program.input((width, classes), exact=True)

@@ -25,7 +25,7 @@ from hesscale_jax._jaxpr.sources import ONE_RESULT, function_name
 __all__ = ["acts_entrywise", "bodies_of", "body", "has_effects"]
 
 
-def has_effects(program: "Program") -> bool:
+def has_effects(program: Program) -> bool:
     """Whether running the program, or differentiating it, does more than to compute results."""
     return any(
         eqn.sources[0].effects

@@ -17,16 +17,16 @@ from hesscale_jax._jaxpr.sources import ONE_RESULT, function_name
 
 __all__ = [
     "along",
+    "compute_the_same",
     "derivative_jaxpr",
     "expansion_by_rule",
     "is_own",
     "moved_results",
     "one_by_one",
-    "same_parameters",
 ]
 
 
-def same_parameters(a: Equation, b: Equation) -> bool:
+def compute_the_same(a: Equation, b: Equation) -> bool:
     """Whether two applications of a primitive to the same operands compute the same."""
     if a.name == "custom_jvp_call":
         # Its derivative rule is a new closure on every trace: compare what the rules compute.

@@ -14,9 +14,9 @@ from jax.extend import core
 from hesscale_jax import _complex
 from hesscale_jax._complex import Complex, is_complex
 from hesscale_jax._jaxpr.binding import bind, evaluate, trace
-from hesscale_jax._jaxpr.custom_rules import expansion_by_rule, is_own, one_by_one, same_parameters
+from hesscale_jax._jaxpr.custom_rules import compute_the_same, expansion_by_rule, is_own, one_by_one
 from hesscale_jax._jaxpr.inspection import inner_equations
-from hesscale_jax._jaxpr.moves import FEW, Moves, are_plain
+from hesscale_jax._jaxpr.moves import Moves, are_plain
 from hesscale_jax._jaxpr.numbers import Numbers
 from hesscale_jax._jaxpr.parts import of_shape, real_aval, with_parts
 from hesscale_jax._jaxpr.program import (
@@ -36,6 +36,7 @@ from hesscale_jax._jaxpr.program import (
 )
 from hesscale_jax._jaxpr.rewriting import (
     ENTRYWISE,
+    FEW,
     REDUCES,
     SHORT,
     chooses,
@@ -218,12 +219,10 @@ class _Builder:
         return as_closed(eqn.params["branches"][int(which)])
 
     def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
-        """Whether a loop acts entry by entry on what it carries, in few equations over all steps.
+        """Whether a loop is written out: of one step, or of few equations over all steps.
 
-        One of a single step is none.
-
-        What the steps hand out is stacked, and what they scan over of what moves has to be what
-        another loop's have stacked.
+        Of several, it has to act entry by entry on what it carries. What its steps hand out is
+        stacked; what they scan over may move only if another loop's steps have stacked it.
         """
         length = eqn.params["length"]
         _, carry, xs = scan_groups(eqn)
@@ -234,11 +233,11 @@ class _Builder:
             return True
         moves = [isinstance(x, Value) and x in self._moving for x in inputs]
         scanned = [inputs[i] for i in xs if moves[i]]
-        apart = all(self._stacks.get(x, (None,))[0] == 0 for x in scanned)
-        if len(eqn.outvars) == len(carry) and not chooses(closed) and not (scanned and apart):
+        stacked = all(self._stacks.get(x, (None,))[0] == 0 for x in scanned)
+        if len(eqn.outvars) == len(carry) and not chooses(closed) and not (scanned and stacked):
             return False  # A block leads through it.
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-        if len(eqn.outvars) > len(carry) and (not apart or any(map(is_complex, avals))):
+        if len(eqn.outvars) > len(carry) and (not stacked or any(map(is_complex, avals))):
             return False
         variables = closed.jaxpr.invars
         moving = {v for i, v in enumerate(variables) if moves[i] or i in carry}
@@ -370,7 +369,7 @@ class _Builder:
             self._transposed[outputs[0]] = new
         if not eqn.effects:
             for old in alike:
-                if same_parameters(old, new):
+                if compute_the_same(old, new):
                     return old.outputs
             alike.append(new)
         self.equations.append(new)

@@ -9,8 +9,9 @@ import numpy as np
 
 from hesscale_jax._jaxpr.numbers import Numbers
 from hesscale_jax._jaxpr.program import Constant, Equation, Value
+from hesscale_jax._jaxpr.rewriting import FEW
 
-__all__ = ["FEW", "VIEWS", "Moves", "are_plain"]
+__all__ = ["Moves", "are_plain"]
 
 
 # What selects all of its operand's entries if the shapes are the same.
@@ -21,9 +22,6 @@ VIEWS = frozenset({"reshape", "squeeze"})
 
 # What may put entries back to where they were.
 UNDOES = VIEWS | {"concatenate", "gather", "rev", "slice", "stack", "transpose"}
-
-# Products of no more entries are written out.
-FEW = 8
 
 
 def are_plain(atoms: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ from hesscale_jax._jaxpr.program import CALLS, as_closed, called
 
 __all__ = [
     "ENTRYWISE",
+    "FEW",
     "MOVES_ENTRIES",
     "REDUCES",
     "SHORT",
@@ -46,6 +47,9 @@ REDUCES: dict[str, tuple[Any, Any]] = {
 
 # The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512
+
+# Products, and copies, of no more entries are written out.
+FEW = 8
 
 
 def chooses(closed: core.ClosedJaxpr) -> bool:
