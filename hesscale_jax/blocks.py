@@ -5,7 +5,8 @@ A block is a set of pointwise equations, with the reductions and the changes of 
 and drops off-diagonal terms only between blocks. Blocks follow from the program's structure alone:
 
     level(input) = 0
-    level(y) = max level(operands)        y made by a pointwise equation, a reduction or a view
+    level(y) = max level(operands)        y made by a pointwise equation, a reduction or a view,
+                                          or selected from what no block makes
     level(y) = max level(operands) + 1    y made by any other equation, or by one that does not fit
 
 Equations that feed each other at one level are one block. Levels keep a residual stream from
@@ -51,6 +52,7 @@ from hesscale_jax.rules.selection import (
     PiecewiseConstant,
     Reduction,
     Scatter,
+    Selection,
     Take,
     View,
 )
@@ -90,6 +92,10 @@ WHOLE, PART = 8, 3
 
 class DoesNotFit(Exception):
     """An equation cannot join a block; it starts a new one."""
+
+
+class ComesBeforeItself(DoesNotFit):
+    """A block would read what is computed of its results."""
 
 
 class Block:
@@ -666,6 +672,7 @@ class _Grouping:
         self._placed: set[Value] = set()  # what lies in the block that makes it
         self._maker: dict[Value, Unit] = {}
         self._reducing: set[Value] = set()  # values that depend on a reduction in their block
+        self._affine: set[Value] = set()  # affine in what their block reads
         self._into: dict[Unit, Block] = {}  # absorbed blocks
         self._seen: dict[Equation, tuple[Any, list[Value], int]] = {}  # rule, operands and level
         self._before: dict[Unit, set[Unit]] = {}  # what made the values that a unit reads
@@ -679,18 +686,20 @@ class _Grouping:
             level = max(self._level.get(v, 0) for v in operands)
             block = None
             fits = isinstance(rule, Pointwise | Reduction | View | Join)
-            if fits or eqn in self._segments or eqn in self._loops:
+            fits = fits or eqn in self._segments or eqn in self._loops
+            if fits:
                 for value in self._waiting.intersection(operands):
                     self._waiting.remove(value)
                     self._level[value] = level
                     self._levels[self._maker[value]] = level, level
                 block = self._joined(eqn, rule, operands, level)
-                if block is None:
+            if block is None:
+                starts = fits and not isinstance(rule, View | Join)
+                moves = isinstance(rule, Selection) and not starts
+                if not moves or self._leaves_a_block(operands, level):
                     level += 1
-                    if not isinstance(rule, View | Join):
-                        block = self._join(eqn, rule, operands, {})
-            else:
-                level += 1
+                if starts:
+                    block = self._join(eqn, rule, operands, {})
             self._add(eqn, rule, operands, block or eqn, level)
             if block is not None and isinstance(rule, Take) and self._is_new(block):
                 self._waiting.update(eqn.outputs)
@@ -705,6 +714,11 @@ class _Grouping:
             for eqn in run
         }
 
+    def _leaves_a_block(self, operands: list[Value], level: int) -> bool:
+        """Whether blocks made operands of this level, by more than affine equations."""
+        made = (v for v in operands if isinstance(self._made_by(v), Block))
+        return any(self._level[v] == level and v not in self._affine for v in made)
+
     def _add(self, eqn: Equation, rule: Any, operands: list[Value], unit: Unit, level: int) -> None:
         """Take note of an equation in its unit."""
         self._seen[eqn] = rule, operands, level
@@ -713,6 +727,10 @@ class _Grouping:
         ):
             self._reducing.update(eqn.outputs)
         self._maker.update(dict.fromkeys(eqn.outputs, unit))
+        if self._is_affine(eqn) and all(
+            v in self._affine or self._made_by(v) is not unit for v in operands
+        ):
+            self._affine.update(eqn.outputs)
         self._link(eqn, unit)
         for i, value in enumerate(eqn.outputs):
             inside = isinstance(unit, Block) and not self._is_handed_out(eqn, i)
@@ -747,9 +765,11 @@ class _Grouping:
                 continue
             try:
                 return self._join(eqn, rule, operands, homes)
-            except DoesNotFit:
-                if homes == bound and self._part_off(set(bound.values()), operands):
+            except ComesBeforeItself:
+                if self._part_off(set(homes.values()), operands):
                     return self._joined(eqn, rule, operands, level)
+            except DoesNotFit:
+                continue
         return None
 
     def _part_off(self, homes: set[Block], operands: list[Value]) -> bool:
@@ -947,7 +967,7 @@ class _Grouping:
             if self._levels[unit][-1] >= min(lowest, self._lowest):
                 before = self._made_before(unit)
                 if not homes.isdisjoint(before):
-                    raise DoesNotFit
+                    raise ComesBeforeItself
                 ahead |= before - seen
 
     def _made_before(self, unit: Unit) -> set[Unit]:

@@ -989,8 +989,18 @@ def plain_last_layer(rng: random.Random) -> Case:
     return last_layer(rng, bent=False)
 
 
+ROWS = (
+    "{0}[::-1]",
+    "jnp.roll({0}, {1}, 0)",
+    "jnp.broadcast_to({0}[{1}], {0}.shape)",
+    "{0}.at[{1}].add(2.0)",
+    "{0}.at[{1}].multiply(-0.5, unique_indices=True)",
+    "{0}.at[{1}].set(0.4)",
+)
+
+
 def meeting(rng: random.Random) -> Case:
-    """A block of some linear images of one layer's weights."""
+    """A block of some linear images of one layer's weights, rows of which are chosen or moved."""
     program = Program(rng)
     batch, width, classes = rng.choice(((3, 2, 4), (2, 3, 3), (1, 4, 2), (4, 1, 3), (3, 3, 1)))
     weight = program.input((width, classes), exact=True)
@@ -998,6 +1008,9 @@ def meeting(rng: random.Random) -> Case:
     for _ in range(rng.randint(2, 3)):
         x = program.constant((batch, width))
         images.append(program.add(f"{x} @ {weight}", (batch, classes)))
+    for image in images[: rng.randint(0, 2)]:
+        row = rng.randrange(batch)
+        images.append(program.add(program.choose(*ROWS).format(image, row), image.shape))
     program.nodes = [*images, program.constant((batch, classes))]
     z = grow_block(program, images[0].shape, (1,))
     return case(program, program.choose("jnp.sum({})", "jnp.mean({})").format(z))
@@ -1157,6 +1170,10 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
     lambda x: jax.device_put(checkpoint_name(x, "x")),
     lambda x: jax.lax.scan(lambda c, _: (c, None), x, None, length=3)[0],
     lambda x: jnp.swapaxes(x[None], 0, -1).reshape(x.shape) if x.ndim == 1 else x,
+    lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, None, length=0)[0],
+    lambda x: jax.lax.cond(True, lambda y: y, jnp.sin, x),
+    lambda x: x.at[:1].multiply(2.0).at[:1].multiply(0.5) if x.ndim else x,
+    lambda x: x.at[:1].add(2.0).at[:1].add(-2.0) if x.ndim else x,
 )
 
 

@@ -147,6 +147,15 @@ LINES = {
         (lambda r: -jax.nn.log_sigmoid(r[tokens[0]] - r[tokens[1]]).sum(), x),
         (lambda r: -jax.nn.log_sigmoid(r[jnp.asarray(tokens[0])] - r[0]).sum(), x),
     ],
+    "Entries of an image chosen or moved, beside something curved in it": [
+        (lambda w: (jnp.sin(X @ w) * (X @ w)[::-1]).sum(), x),
+        (lambda w: (jax.checkpoint(jnp.sin)(a := X @ w + w[0]) * jnp.roll(a, 1)).sum(), x),
+        (lambda w: (jnp.sin(a := X @ w) * jnp.logaddexp(2 * a, jnp.roll(a, 1))).sum(), x),
+        (lambda w: jnp.tanh(X @ w).sum() * (X @ w).at[0].add(2.0).sum() ** 2, x),
+        (lambda w: (X @ w).at[1].subtract(A[0, 0]).sum() ** 2, x),
+        (lambda w: (X @ w).at[1:3].multiply(2.0).sum() ** 2, x),
+        (lambda w: jnp.exp((a := X @ w + 1).at[0].set(0.4) * a).sum(), x),
+    ],
     "One value at several places of a block": [
         (distances, pairs),
         (lambda w: (w * w.T * W).sum(), W),

@@ -210,6 +210,25 @@ def test_what_a_step_sums_and_hands_out_has_the_variance_that_the_contract_gives
     oracle.check(loss, jnp.array(0.4), normal(2, N))
 
 
+def test_a_loop_of_no_step_is_what_it_starts_from():
+    def loss(x):
+        end, ys = lax.scan(lambda c, t: (jnp.sin(c), c * t), x, jnp.zeros((0,)))
+        return end @ x + ys.sum()
+
+    x = normal(4)
+    _, received = hs.hesscale(loss)(x)
+    assert_close(received, jnp.full(4, 2.0))
+
+
+def test_a_branch_that_is_known_is_no_branch():
+    def loss(x):
+        double = lax.cond(True, lambda x: 2 * x, jnp.sin, x)
+        return double @ x + lax.switch(1, [jnp.sum, lambda x: jnp.sum(x) ** 2], x)
+
+    _, received = hs.hesscale(loss)(normal(4))
+    assert_close(received, jnp.full(4, 6.0))
+
+
 def test_a_loop_of_one_step_is_its_body():
     def step(carry, t):
         x, y = carry

@@ -38,6 +38,7 @@ from hesscale_jax._jaxpr.rewriting import (
     ENTRYWISE,
     FEW,
     REDUCES,
+    SCATTERS,
     SHORT,
     chooses,
     count_entrywise,
@@ -45,6 +46,7 @@ from hesscale_jax._jaxpr.rewriting import (
     multiplied_and_summed,
     multiplied_out,
     rewritten_as,
+    scattered_apart,
 )
 from hesscale_jax._jaxpr.sources import label
 
@@ -125,12 +127,10 @@ class _Builder:
         region: Region | None = None,
         written: bool = True,
         in_parts: bool = True,
-        steps: bool = False,
     ) -> list[Any]:
         """Append the equations of ``closed``, ``written`` by the user or by this library.
 
-        What is complex among the operands and the results may be ``in_parts``. In ``steps`` of a
-        loop that are written out, a branch is chosen now.
+        What is complex among the operands and the results may be ``in_parts``.
         """
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -147,18 +147,20 @@ class _Builder:
             results: Sequence[Any]
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), region_inside(eqn, region)
-                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts, steps=steps)
+                results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
-            elif steps and (branch := self._branch(eqn, inputs)):
-                operands = inputs[1:]
+            elif branch := self._branch(eqn, inputs):
                 within = (eqn, *callers), region
-                results = self.inline(branch, operands, *within, in_parts=in_parts, steps=True)
+                results = self.inline(branch, inputs[1:], *within, in_parts=in_parts)
             elif source := self._moves.unmoved(eqn, inputs):
                 results = [source]
             elif rewritten := rewritten_as(eqn):
                 closed = trace(rewritten, *(v.aval for v in eqn.invars))
                 results = self.inline(closed, inputs, (eqn, *callers), region, written=False)
+            elif eqn.primitive.name in SCATTERS and self._scatters_constants(inputs):
+                apart = trace(scattered_apart(eqn), *(v.aval for v in eqn.invars))
+                results = self.inline(apart, inputs, (eqn, *callers), region, written=False)
             elif stack := self._of_stack(eqn, inputs):
                 results = [self._stack(*stack, (eqn, *callers), region)]
             elif reduced := self._of_reduced_stack(eqn, inputs):
@@ -207,8 +209,11 @@ class _Builder:
             here = self.inline(part, xs, callers, region)
             here = [self._entry(x, t, y) for x, y in zip(xs, here, strict=True)]
             step = as_closed(eqn.params["jaxpr"]), [*consts, *carry, *here]
-            results = self.inline(*step, callers, region, in_parts=in_parts, steps=True)
+            results = self.inline(*step, callers, region, in_parts=in_parts)
             carry, stacks[t] = results[: len(carry)], results[len(carry) :]
+        if not times:
+            empty = (np.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[len(carry) :])
+            return [*carry, *map(self._constant, empty)]
         stacked = zip(*(stacks[t] for t in times), strict=True)
         return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
 
@@ -219,15 +224,17 @@ class _Builder:
         return as_closed(eqn.params["branches"][int(which)])
 
     def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
-        """Whether a loop is written out: of one step, or of few equations over all steps.
+        """Whether a loop is written out: of no step or one, or of few equations over all steps.
 
         Of several, it has to act entry by entry on what it carries. What its steps hand out is
         stacked; what they scan over may move only if another loop's steps have stacked it.
         """
         length = eqn.params["length"]
         _, carry, xs = scan_groups(eqn)
-        if not isinstance(length, int) or not length or eqn.effects:
+        if not isinstance(length, int) or eqn.effects:
             return False
+        if length == 0:
+            return all(isinstance(v.aval.dtype, np.dtype) for v in eqn.outvars)  # no keys
         closed = as_closed(eqn.params["jaxpr"])
         if length == 1 or sum(1 for _ in inner_equations(eqn.params)) * length <= self._unroll:
             return True
@@ -353,6 +360,11 @@ class _Builder:
         count = math.prod(shape[i] for i in eqn.params["axes"])
         moves = isinstance(inputs[0], Value) and inputs[0] in self._moving
         return isinstance(count, int) and 0 < count <= FEW and moves
+
+    def _scatters_constants(self, inputs: Sequence[Any]) -> bool:
+        """Whether what moves is added to or multiplied by what does not, at some places."""
+        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
+        return moves[0] and not any(moves[1:])
 
     def _append(
         self,

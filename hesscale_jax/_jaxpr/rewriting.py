@@ -16,6 +16,7 @@ __all__ = [
     "FEW",
     "MOVES_ENTRIES",
     "REDUCES",
+    "SCATTERS",
     "SHORT",
     "chooses",
     "count_entrywise",
@@ -23,6 +24,7 @@ __all__ = [
     "multiplied_and_summed",
     "multiplied_out",
     "rewritten_as",
+    "scattered_apart",
 ]
 
 
@@ -43,6 +45,13 @@ ENTRYWISE |= {"bitcast_convert_type", "shift_left", "shift_right_arithmetic", "s
 REDUCES: dict[str, tuple[Any, Any]] = {
     "reduce_prod": (lax.mul, lax.reduce_prod),
     "reduce_sum": (lax.add, lax.reduce_sum),
+}
+
+# What combines what is scattered with what is there, and what it leaves as it is.
+SCATTERS: dict[str, tuple[Any, int]] = {
+    "scatter-add": (lax.add, 0),
+    "scatter-mul": (lax.mul, 1),
+    "scatter-sub": (lax.add, 0),
 }
 
 # The most equations that a loop is written out to, those without derivatives by the quarter.
@@ -161,6 +170,17 @@ def multiplied_out(eqn: Any) -> Callable[[Any], Any]:
         )
 
     return multiply
+
+
+def scattered_apart(eqn: Any) -> Callable[..., Any]:
+    """A scatter to what has no effect, and then its effect on what was there, entry by entry."""
+    combine, neutral = SCATTERS[eqn.primitive.name]
+
+    def apart(x: Any, *others: Any) -> Any:
+        alone = eqn.primitive.bind(lax.full_like(x, neutral), *others, **eqn.params)
+        return combine(x, alone)
+
+    return apart
 
 
 def _transpose(x: Any, permutation: list[int]) -> Any:
