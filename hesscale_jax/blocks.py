@@ -58,7 +58,7 @@ from hesscale_jax.rules.selection import (
 )
 from hesscale_jax.segments import Ids, Segmented, segmented
 
-__all__ = ["Block", "Loop", "Plan", "Through", "loop", "moved", "plan"]
+__all__ = ["Block", "Loop", "Plan", "Through", "is_affine", "loop", "moved", "plan"]
 
 
 class Segments(NamedTuple):
@@ -653,6 +653,12 @@ def _dependencies(
 Unit = Block | Equation
 
 
+def is_affine(eqn: Equation, rule: Any, active: Container[Value]) -> bool:
+    """Whether an equation is affine, entry by entry, in its operands on a path."""
+    positions = [i for i, v in enumerate(eqn.inputs) if v in active]
+    return isinstance(rule, View) or (isinstance(rule, Pointwise) and rule.affine(positions))
+
+
 class _Grouping:
     """Walks the equations in program order and puts each into a block, if it belongs in one.
 
@@ -773,17 +779,15 @@ class _Grouping:
         return None
 
     def _part_off(self, homes: set[Block], operands: list[Value]) -> bool:
-        """Make a block of its own of what comes before a block and others before that.
+        """Make a block of its own of what comes before one of these, by way of others.
 
         It has to be affine, so that its results are images of what it reads.
 
         Returns:
-          Whether the operands can be read by the block now.
+          Whether the operands can be read by one block of these now.
         """
-        if len(homes) != 1:
-            return False
-        (home,) = homes
-        ahead = {unit for v in operands if (unit := self._made_by(v)) is not None} - homes
+        ahead = {unit for v in operands if (unit := self._made_by(v)) is not None}
+        ahead = ahead.union(*map(self._made_before, homes)) - homes
         reached = set(ahead)
         while ahead:
             more = self._made_before(ahead.pop()) - homes - reached
@@ -793,7 +797,7 @@ class _Grouping:
         read: set[Value] = set()
         for eqn, (_, values, _) in self._seen.items():
             unit = self._made_by(eqn.outputs[0])
-            if unit is home:
+            if unit in homes:
                 made.update(dict.fromkeys(eqn.outputs, eqn))
             elif unit in reached:
                 read.update(values)
@@ -805,10 +809,12 @@ class _Grouping:
         equations = [eqn for eqn in self._seen if not parted.keys().isdisjoint(eqn.outputs)]
         if not equations or not all(self._is_affine(eqn) for eqn in equations):
             return False
-        block = Block(home.entries)
-        members = {v for eqn in equations for v in (*eqn.outputs, *self._seen[eqn][1])}
-        block.place({v: home.spans[v] for v in members})
-        self._maker.update(dict.fromkeys(parted, block))
+        for home in homes:
+            apart = [eqn for eqn in equations if self._made_by(eqn.outputs[0]) is home]
+            block = Block(home.entries)
+            members = {v for eqn in apart for v in (*eqn.outputs, *self._seen[eqn][1])}
+            block.place({v: home.spans[v] for v in members})
+            self._maker.update((v, block) for eqn in apart for v in eqn.outputs)
         self._placed.difference_update(parted)
         self._before, self._levels = {}, {}
         for eqn in self._seen:
@@ -819,9 +825,7 @@ class _Grouping:
 
     def _is_affine(self, eqn: Equation) -> bool:
         rule, operands, _ = self._seen[eqn]
-        positions = [i for i, v in enumerate(eqn.inputs) if v in operands]
-        affine = isinstance(rule, Pointwise) and rule.affine(positions)
-        return (affine or isinstance(rule, View)) and eqn not in self._loops
+        return is_affine(eqn, rule, operands)
 
     def _join(
         self, eqn: Equation, rule: Any, operands: list[Value], homes: dict[Value, Block]

@@ -14,13 +14,14 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
-from hesscale_jax.blocks import Block, Plan
+from hesscale_jax.blocks import Block, Plan, is_affine
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
     Factor,
@@ -275,6 +276,8 @@ class Images:
         active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
         if isinstance(rule, Pointwise):
             return self._pointwise(eqn, rule, active)
+        if eqn in self._steps.loops:
+            return self._loop(eqn, active)
         if isinstance(rule, Multilinear):
             return self._product(eqn, active) if eqn.name == "dot_general" else None
         if not isinstance(rule, Selection):
@@ -308,6 +311,27 @@ class Images:
             else:
                 y = y.plus(form.times(_aligned_factor(slope, shape)))
         return [y]
+
+    def _loop(self, eqn: Equation, active: list[int]) -> list[Form] | None:
+        """What affine steps make, entry by entry of their block, of what each of them reads."""
+        through, block = self._steps.loops[eqn], self._steps.blocks[eqn]
+        body = through.plan
+        affine = all(is_affine(e, rule, body.active) for e, rule in body.rules.items())
+        if not affine or any(eqn.inputs[i] in through.scanned for i in active):
+            return None
+        forms = [Form(tuple(y.shape), {}) for y in eqn.outputs]
+        for k in through.carries:
+            y = eqn.outputs[k]
+            shape = block.view(block.spans[y])
+            form = Form(shape, {})
+            for i in active:
+                x = eqn.inputs[i]
+                if x not in through.operands:
+                    continue
+                slope = _slope_of_loop(eqn, i, k).reshaped(shape)
+                form = form.plus(self.of(x).reshaped(block.view(block.spans[x])).times(slope))
+            forms[k] = form.reshaped(y.shape)
+        return forms
 
     def _product(self, eqn: Equation, active: list[int]) -> list[Form] | None:
         frame, places, contracted = product_frame(eqn)
@@ -414,6 +438,23 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     return Factor(tuple(y.shape), reads, slope), False
+
+
+def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
+    """The slope of a loop's result in an operand: linear, entry by entry."""
+
+    def slope(read: Reader) -> Any:
+        operands = [_as(v, x) for v, x in zip(eqn.inputs, map(read, eqn.inputs), strict=True)]
+
+        def result(x: Any) -> Any:
+            results = _jaxpr.bind(eqn, *operands[:i], x, *operands[i + 1 :])
+            return _jaxpr.listed(results, eqn)[k]
+
+        _, along = jax.jvp(result, [operands[i]], [jnp.ones_like(operands[i])])
+        return read.number(along)
+
+    reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
+    return Factor(tuple(eqn.outputs[k].shape), reads, slope)
 
 
 def _as(atom: Value | Constant, x: Any) -> Any:

@@ -989,6 +989,7 @@ def plain_last_layer(rng: random.Random) -> Case:
     return last_layer(rng, bent=False)
 
 
+# The rows of an image chosen, moved, changed by constants, and what affine loops make of it.
 ROWS = (
     "{0}[::-1]",
     "jnp.roll({0}, {1}, 0)",
@@ -996,16 +997,19 @@ ROWS = (
     "{0}.at[{1}].add(2.0)",
     "{0}.at[{1}].multiply(-0.5, unique_indices=True)",
     "{0}.at[{1}].set(0.4)",
+    "jax.lax.fori_loop(0, 3, lambda _, y: 0.5 * y + {0}, {0})",
+    "jax.lax.fori_loop(0, 3, lambda _, y: 0.5 * y - {0}[{1}][None], jnp.zeros({0}.shape))",
+    "jax.lax.map(lambda y: 2.0 * y + 1.0, {0})",
 )
 
 
 def meeting(rng: random.Random) -> Case:
-    """A block of some linear images of one layer's weights, rows of which are chosen or moved."""
+    """A block of some linear images of one layer's weights, and of those as ROWS have it."""
     program = Program(rng)
     batch, width, classes = rng.choice(((3, 2, 4), (2, 3, 3), (1, 4, 2), (4, 1, 3), (3, 3, 1)))
     weight = program.input((width, classes), exact=True)
     images = []
-    for _ in range(rng.randint(2, 3)):
+    for _ in range(rng.randint(1, 3)):
         x = program.constant((batch, width))
         images.append(program.add(f"{x} @ {weight}", (batch, classes)))
     for image in images[: rng.randint(0, 2)]:
@@ -1172,6 +1176,7 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
     lambda x: jnp.swapaxes(x[None], 0, -1).reshape(x.shape) if x.ndim == 1 else x,
     lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, None, length=0)[0],
     lambda x: jax.lax.cond(True, lambda y: y, jnp.sin, x),
+    lambda x: jax.lax.map(lambda y: y.reshape(-1).reshape(y.shape), x) if x.ndim else x,
     lambda x: x.at[:1].multiply(2.0).at[:1].multiply(0.5) if x.ndim else x,
     lambda x: x.at[:1].add(2.0).at[:1].add(-2.0) if x.ndim else x,
 )

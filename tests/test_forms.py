@@ -12,6 +12,7 @@ import optax
 import programs
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.lax import fori_loop, scan
 
 import hesscale_jax as hs
 
@@ -82,7 +83,7 @@ def checkpointed_in_part(w):
 
 def in_a_loop(w):
     a, b = X @ w, chosen @ w
-    y, _ = jax.lax.scan(lambda y, t: (jnp.tanh(y + t * a), None), b, STEPS)
+    y, _ = scan(lambda y, t: (jnp.tanh(y + t * a), None), b, STEPS)
     return jnp.sum(y * a / jnp.sum(jnp.exp(b)))
 
 
@@ -115,7 +116,13 @@ LINES = {
         (lambda p: jnp.log1p(jnp.einsum("ni,ij,nj->n", p, A, p) ** 2).sum(), X),
         (lambda x: jnp.tanh(x) @ A @ jax.nn.gelu(x), x),
         (factorisation_machine, B),
-        (lambda x: jax.lax.scan(lambda c, t: (c + t * (x @ A @ x) ** 2, None), 0.0, STEPS)[0], x),
+        (lambda x: scan(lambda c, t: (c + t * (x @ A @ x) ** 2, None), 0.0, STEPS)[0], x),
+    ],
+    "An image, and what a loop with affine steps makes of it": [
+        (lambda x: scan(lambda c, t: (c + t * x, None), jnp.zeros(4), STEPS)[0] @ A @ x, x),
+        (lambda x: (y := fori_loop(0, 3, lambda _, y: 0.5 * y + x, x)) @ A @ y, x),
+        (lambda x: jax.nn.logsumexp(X @ fori_loop(0, 3, lambda _, y: y - x[0], x) - X @ x), x),
+        (lambda w: jnp.vdot(fori_loop(0, 2, lambda _, y: 2 * y - w[:1], w), A[:3, :3] @ w), W),
     ],
     "A product of a few entries": [
         (lambda s: jnp.prod(jnp.stack([s, s, jnp.array(3.0)])), jnp.array(0.7)),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import oracle
 import pytest
 from cases import assert_close, normal
-from jax import lax
+from jax import lax, nn
 from jax.flatten_util import ravel_pytree
 
 import hesscale_jax as hs
@@ -218,6 +218,38 @@ def test_a_loop_of_no_step_is_what_it_starts_from():
     x = normal(4)
     _, received = hs.hesscale(loss)(x)
     assert_close(received, jnp.full(4, 2.0))
+
+
+def test_a_loop_over_rows_that_carries_nothing_is_all_rows_at_once():
+    def loss(x, over=lambda fun, x: fun(x)):
+        return jnp.sum(over(nn.softmax, A @ x) ** 2) + jnp.sum(over(jnp.tanh, A @ x)) ** 2
+
+    x, A = normal(3, 2), normal(6, 3)
+    looped = functools.partial(loss, over=lax.map)
+    assert_close(hs.hesscale(looped)(x), hs.hesscale(loss)(x))
+
+
+# Short loops: those of many steps are not written out, and what their sums share is dropped.
+@pytest.mark.parametrize("total", [lambda y: jnp.sum(y, 0), jnp.sum], ids=["rows", "all"])
+def test_a_loop_that_hands_out_sums(total):
+    def loss(x):
+        def step(y, _):
+            y = jnp.arctan2(y, 1.5 + x[0] ** 2)
+            return 0.5 * y, total(y)
+
+        return jnp.sum(jnp.sin(lax.scan(step, normal(2, N), None, length=3)[1]))
+
+    oracle.check(loss, normal(2))
+    assert_close(hs.hesscale(loss)(normal(2))[1], jnp.diag(jax.hessian(loss)(normal(2))))
+
+
+def test_what_a_loop_computes_at_each_step_alike_is_computed_once():
+    def loss(x):
+        return jnp.sum(lax.fori_loop(0, 3, lambda _, y: 0.5 * y - x[1] * A, 0 * A) ** 2)
+
+    A = normal(4)
+    oracle.check(loss, normal(3))
+    assert_close(hs.hesscale(loss)(normal(3))[1], jnp.diag(jax.hessian(loss)(normal(3))))
 
 
 def test_a_branch_that_is_known_is_no_branch():

@@ -38,13 +38,17 @@ from hesscale_jax._jaxpr.rewriting import (
     ENTRYWISE,
     FEW,
     REDUCES,
+    REDUCTIONS,
     SCATTERS,
     SHORT,
+    all_rows_at_once,
     chooses,
     count_entrywise,
     free_axes,
+    maps_rows,
     multiplied_and_summed,
     multiplied_out,
+    once_for_all,
     rewritten_as,
     scattered_apart,
 )
@@ -148,6 +152,11 @@ class _Builder:
             if eqn.primitive.name in CALLS:
                 within = (eqn, *callers), region_inside(eqn, region)
                 results = self.inline(called(eqn), inputs, *within, in_parts=in_parts)
+            elif eqn.primitive.name == "scan" and maps_rows(eqn):
+                mapped = trace(all_rows_at_once(eqn), *(v.aval for v in eqn.invars))
+                results = self.inline(mapped, inputs, (eqn, *callers), region, in_parts=in_parts)
+            elif eqn.primitive.name == "scan" and (looped := self._once_for_all(eqn, inputs)):
+                results = self.inline(looped, inputs, (eqn, *callers), region, in_parts=in_parts)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
             elif branch := self._branch(eqn, inputs):
@@ -222,6 +231,12 @@ class _Builder:
         if eqn.primitive.name != "cond" or (which := self._numbers.of(inputs[0])) is None:
             return None
         return as_closed(eqn.params["branches"][int(which)])
+
+    def _once_for_all(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
+        """A loop, after what it computes at each step alike."""
+        moving = [isinstance(x, Value) and x in self._moving for x in inputs]
+        looped = once_for_all(eqn, moving)
+        return looped and trace(looped, *(v.aval for v in eqn.invars))
 
     def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a loop is written out: of no step or one, or of few equations over all steps.
@@ -329,9 +344,7 @@ class _Builder:
     def all_in_blocks(self) -> bool:
         """Whether all that moves may be computed in blocks."""
         return all(
-            eqn.entrywise
-            if eqn.name == "custom_jvp_call"
-            else eqn.name in ENTRYWISE | {"reduce_max", "reduce_min", "reduce_sum"}
+            eqn.entrywise if eqn.name == "custom_jvp_call" else eqn.name in ENTRYWISE | REDUCTIONS
             for eqn in self.equations
             if not self._moving.isdisjoint(v for v in eqn.inputs if isinstance(v, Value))
         )

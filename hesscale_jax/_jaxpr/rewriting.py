@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.extend import core
 
-from hesscale_jax._jaxpr.program import CALLS, as_closed, called
+from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
 
 __all__ = [
     "ENTRYWISE",
@@ -18,11 +19,14 @@ __all__ = [
     "REDUCES",
     "SCATTERS",
     "SHORT",
+    "all_rows_at_once",
     "chooses",
     "count_entrywise",
     "free_axes",
+    "maps_rows",
     "multiplied_and_summed",
     "multiplied_out",
+    "once_for_all",
     "rewritten_as",
     "scattered_apart",
 ]
@@ -40,6 +44,9 @@ ENTRYWISE |= {"lgamma", "log", "log1p", "logistic", "lt", "max", "min", "ne", "n
 ENTRYWISE |= {"rem", "reshape", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square"}
 ENTRYWISE |= {"squeeze", "stop_gradient", "tan", "tanh", "xor", "is_finite"}
 ENTRYWISE |= {"bitcast_convert_type", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
+
+# What a block is made of besides.
+REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_sum"})
 
 # What combines all entries along axes, and how it combines two of them.
 REDUCES: dict[str, tuple[Any, Any]] = {
@@ -85,7 +92,7 @@ def count_entrywise(closed: core.ClosedJaxpr, moving: set[Any], known: set[Any])
         elif eqn.primitive.name == "cond" and knows[0]:
             branches = map(as_closed, eqn.params["branches"])
             count += max(_count_in(branch, moves[1:], knows[1:]) for branch in branches)
-        elif eqn.primitive.name in ENTRYWISE:
+        elif eqn.primitive.name in ENTRYWISE | REDUCTIONS:
             count += 1 if any(moves) else 0.25
         else:
             return math.inf
@@ -118,6 +125,80 @@ def rewritten_as(eqn: Any) -> Callable[..., Any] | None:
     return lambda *xs: [
         bind(x, **{**eqn.params, **own})[0] for x, own in zip(xs, each, strict=True)
     ]
+
+
+def maps_rows(eqn: Any) -> bool:
+    """Whether a loop carries nothing, and its steps do no more than what a block is made of."""
+    carries = bool(scan_groups(eqn)[1])
+    return not (carries or eqn.effects) and _fits_blocks(as_closed(eqn.params["jaxpr"]))
+
+
+def _fits_blocks(closed: core.ClosedJaxpr) -> bool:
+    return all(
+        _fits_blocks(called(eqn))
+        if eqn.primitive.name in CALLS
+        else eqn.primitive.name in ENTRYWISE | REDUCTIONS
+        for eqn in closed.jaxpr.eqns
+    )
+
+
+def all_rows_at_once(eqn: Any) -> Callable[..., Any]:
+    """The steps of a loop that carries nothing, as one."""
+    consts, _, xs = scan_groups(eqn)
+    step = core.jaxpr_as_fun(as_closed(eqn.params["jaxpr"]))
+    return jax.vmap(step, [None] * len(consts) + [0] * len(xs), axis_size=eqn.params["length"])
+
+
+def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
+    """A loop without what each step computes alike, of operands some of which are ``moving``.
+
+    Returns:
+      What computes it before the loop; ``None`` if nothing that moves is computed alike.
+    """
+    closed = as_closed(eqn.params["jaxpr"])
+    consts, carry, _ = scan_groups(eqn)
+    inputs = closed.jaxpr.invars
+    same = {*closed.jaxpr.constvars, *(inputs[i] for i in consts)}
+    moves = {inputs[i] for i in consts if moving[i]}
+    alike, rest = [], []
+    for e in closed.jaxpr.eqns:
+        operands = [v for v in e.invars if not isinstance(v, core.Literal)]
+        if e.effects or not operands or not same.issuperset(operands):
+            rest.append(e)
+            continue
+        alike.append(e)
+        same.update(e.outvars)
+        if not moves.isdisjoint(operands):
+            moves.update(e.outvars)
+    reads = itertools.chain(closed.jaxpr.outvars, *(e.invars for e in rest))
+    read = {v for v in reads if not isinstance(v, core.Literal)}
+    made = [v for e in alike for v in e.outvars if v in read]
+    if moves.isdisjoint(made):
+        return None
+
+    names = closed.jaxpr.debug_info.with_unknown_names()
+
+    def part(inputs: Sequence[Any], outputs: Sequence[Any], eqns: Sequence[Any]) -> Any:
+        jaxpr = core.Jaxpr(closed.jaxpr.constvars, inputs, outputs, eqns, debug_info=names)
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))
+
+    before = part([inputs[i] for i in consts], made, alike)
+    step = part([*made, *inputs], closed.jaxpr.outvars, rest)
+
+    def looped(*operands: Any) -> list[Any]:
+        given = operands[: len(consts)]
+        fixed = [*before(*given), *given]
+
+        def body(carried: Sequence[Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            results = step(*fixed, *carried, *rows)
+            return results[: len(carry)], results[len(carry) :]
+
+        start, rows = operands[len(consts) :][: len(carry)], operands[len(consts) + len(carry) :]
+        options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+        ends, stacked = lax.scan(body, list(start), list(rows), **options)
+        return [*ends, *stacked]
+
+    return looped
 
 
 def free_axes(eqn: Any) -> list[list[int]]:
