@@ -191,6 +191,11 @@ def call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]:
     return interpreter.run(_jaxpr.called(eqn), operands)
 
 
+def dead(interpreter: Interpreter, eqn: Any, _: list[Any]) -> list[Any]:
+    """What ``jax.grad`` leaves of a ``custom_vjp`` in ``jax.checkpoint`` if nothing reads it."""
+    return [interpreter.constant(np.full(v.aval.shape, np.nan)) for v in eqn.outvars]
+
+
 def custom(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]:
     """A function with a derivative rule of its own."""
     if any(isinstance(x, Series) and x.moves for x in operands):
@@ -273,6 +278,7 @@ def whole(eqn: Any, operands: list[Any]) -> Cell:
 
 
 STRUCTURED: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any]]] = {
+    "custom_lin": dead,
     **dict.fromkeys(_jaxpr.CALLS, call),
     **dict.fromkeys(_jaxpr.CUSTOM, custom),
     "addupdate": add_to_cell,

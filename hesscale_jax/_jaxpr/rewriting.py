@@ -10,6 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
 
 __all__ = [
@@ -163,7 +164,8 @@ def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
     alike, rest = [], []
     for e in closed.jaxpr.eqns:
         operands = [v for v in e.invars if not isinstance(v, core.Literal)]
-        if e.effects or not operands or not same.issuperset(operands):
+        parts = any(is_complex(v.aval) for v in (*e.invars, *e.outvars))
+        if e.effects or parts or not operands or not same.issuperset(operands):
             rest.append(e)
             continue
         alike.append(e)
