@@ -571,7 +571,7 @@ def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | 
         size = x.shape[dim]
         if n != size:
             index = combined(
-                lambda s, n=n, size=size: jnp.clip(s, 0, size - n) + np.arange(n),
+                lambda s, n=n, size=size: s.astype(int).clip(0, size - n) + np.arange(n),
                 (n,),
                 of_atom(atom),
             )
@@ -611,7 +611,7 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
         size = x.shape[dim]
 
         def pick(i: Any) -> Any:
-            i = i[..., k]
+            i = i[..., k].astype(int)
             if mode == lax.GatherScatterMode.CLIP:
                 return i.clip(0, size - 1)
             if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:

@@ -280,7 +280,7 @@ class _Walk:
         for value in [v for v in self._moments if v in read_here.sources - made.keys()]:
             self._collapsed(value)
         before = [v for v, eqn in entering if self._stays(v, eqn)]
-        known = {id(holder[key]) for holder, key in self._held(before)}
+        known = {(id(holder), key): holder[key] for holder, key in self._held(before)}
         held: list[tuple[dict[Any, Any], Any]] = []
         blocks = {self.plan.blocks[eqn] for eqn in equations if eqn in self.plan.blocks}
         sources = {block: self._arithmetic(block).sources for block in blocks}
@@ -289,7 +289,9 @@ class _Walk:
             self._run(equations, region)
             for value in spread:
                 self._collapsed(value)
-            held.extend((h, key) for h, key in self._held(shared) if id(h[key]) not in known)
+            held.extend(
+                (h, key) for h, key in self._held(shared) if known.get((id(h), key)) is not h[key]
+            )
             results = [self._moments[v] for v in handed], [h[key] for h, key in held]
             self._leave(made, shared, held, sources)
             return results

@@ -462,3 +462,19 @@ def test_a_result_that_does_not_move_before_a_function_without_a_derivative():
         grad, hess_diag = transform(x)
         np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-12)
         np.testing.assert_allclose(hess_diag, 2 * jnp.cos(2 * x), rtol=1e-12)
+
+
+def test_in_a_checkpoint_whose_block_reads_the_result_and_the_operand():
+    # With a slope of 1 the result's spread is the operand's, the same array.
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
+
+    def loss(x, around=lambda fun: fun):
+        return jnp.sum(around(lambda y: jnp.arctan2(rounded(x), y + 2.0))(0.5 * x) ** 2)
+
+    x = normal(4)
+    remat = functools.partial(loss, around=jax.checkpoint)
+    assert_close(hs.hesscale(remat)(x), hs.hesscale(loss)(x))
