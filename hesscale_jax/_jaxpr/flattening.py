@@ -233,7 +233,7 @@ class _Builder:
         return as_closed(eqn.params["branches"][int(which)])
 
     def _once_for_all(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
-        """A loop, after what it computes at each step alike."""
+        """A loop, after what each of its steps chooses alike."""
         moving = [isinstance(x, Value) and x in self._moving for x in inputs]
         looped = once_for_all(eqn, moving)
         return looped and trace(looped, *(v.aval for v in eqn.invars))

@@ -55,6 +55,9 @@ REDUCES: dict[str, tuple[Any, Any]] = {
     "reduce_sum": (lax.add, lax.reduce_sum),
 }
 
+# What chooses some of a value's entries.
+CHOOSES = frozenset({"dynamic_slice", "gather", "slice"})
+
 # What combines what is scattered with what is there, and what it leaves as it is.
 SCATTERS: dict[str, tuple[Any, int]] = {
     "scatter-add": (lax.add, 0),
@@ -151,10 +154,12 @@ def all_rows_at_once(eqn: Any) -> Callable[..., Any]:
 
 
 def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
-    """A loop without what each step computes alike, of operands some of which are ``moving``.
+    """A loop that is given what each of its steps chooses of operands, some of them ``moving``.
+
+    Other functions of what moves stay in the loop: its block knows how they vary together.
 
     Returns:
-      What computes it before the loop; ``None`` if nothing that moves is computed alike.
+      What chooses it before the loop; ``None`` if each step chooses nothing alike that moves.
     """
     closed = as_closed(eqn.params["jaxpr"])
     consts, carry, _ = scan_groups(eqn)
@@ -165,12 +170,14 @@ def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
     for e in closed.jaxpr.eqns:
         operands = [v for v in e.invars if not isinstance(v, core.Literal)]
         parts = any(is_complex(v.aval) for v in (*e.invars, *e.outvars))
-        if e.effects or parts or not operands or not same.issuperset(operands):
+        alone = e.effects or parts or not operands or not same.issuperset(operands)
+        varies = not moves.isdisjoint(operands)
+        if alone or (varies and e.primitive.name not in CHOOSES):
             rest.append(e)
             continue
         alike.append(e)
         same.update(e.outvars)
-        if not moves.isdisjoint(operands):
+        if varies:
             moves.update(e.outvars)
     reads = itertools.chain(closed.jaxpr.outvars, *(e.invars for e in rest))
     read = {v for v in reads if not isinstance(v, core.Literal)}
@@ -178,6 +185,7 @@ def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
     if moves.isdisjoint(made):
         return None
 
+    fixed = [i for i in consts if inputs[i] in read]
     names = closed.jaxpr.debug_info.with_unknown_names()
 
     def part(inputs: Sequence[Any], outputs: Sequence[Any], eqns: Sequence[Any]) -> Any:
@@ -185,14 +193,14 @@ def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
         return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))
 
     before = part([inputs[i] for i in consts], made, alike)
-    step = part([*made, *inputs], closed.jaxpr.outvars, rest)
+    arguments = [*made, *(inputs[i] for i in fixed), *inputs[len(consts) :]]
+    step = part(arguments, closed.jaxpr.outvars, rest)
 
     def looped(*operands: Any) -> list[Any]:
-        given = operands[: len(consts)]
-        fixed = [*before(*given), *given]
+        given = [*before(*operands[: len(consts)]), *(operands[i] for i in fixed)]
 
         def body(carried: Sequence[Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            results = step(*fixed, *carried, *rows)
+            results = step(*given, *carried, *rows)
             return results[: len(carry)], results[len(carry) :]
 
         start, rows = operands[len(consts) :][: len(carry)], operands[len(consts) + len(carry) :]
