@@ -4,7 +4,7 @@ A GPT of two layers at initialisation, in float64, whose parts are regions, mapp
 examples. The error of a leaf is sum |estimate - exact| / sum |exact|; the cost is arithmetic as the
 compiler counts it, with the value and the gradient, over that of `jax.value_and_grad`.
 
-    python benchmarks/regions.py                    about three minutes on two cores
+    python benchmarks/regions.py                    about a quarter of an hour on two cores
     python benchmarks/regions.py --seeds 1 --only HesScale core
 """
 
