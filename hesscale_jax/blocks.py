@@ -6,7 +6,7 @@ and drops off-diagonal terms only between blocks. Blocks follow from the program
 
     level(input) = 0
     level(y) = max level(operands)        y made by a pointwise equation, a reduction or a view,
-                                          or selected from what no block makes
+                                          or selected from an affine image of what is read
     level(y) = max level(operands) + 1    y made by any other equation, or by one that does not fit
 
 Equations that feed each other at one level are one block. Levels keep a residual stream from

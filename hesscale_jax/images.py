@@ -4,6 +4,7 @@ The sources are the program's inputs and what is curved in them. To first order,
 entry of leaves' entries is an image of the leaves. A product with a constant is an image of what
 the other factor is one of; of two factors that move, it is an image of the leaves alone. What else
 it mixes, the method takes as independent: the :class:`Part` of the product that has no form.
+A loop of affine steps makes an image of what each of them reads.
 
 What is read by one block, or multiplied with each other, *meets* if both are images of one entry of
 a source, or one of them takes an entry in more than once. Then spreads entry by entry do not do.

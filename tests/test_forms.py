@@ -103,6 +103,10 @@ def softmax_jvp(primals, tangents):
     return y, y * (tangents[0] - (y * tangents[0]).sum(-1, keepdims=True))
 
 
+def rows(a):
+    return a.sum(1, keepdims=True)
+
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -162,6 +166,8 @@ LINES = {
         (lambda w: (X @ w).at[1].subtract(A[0, 0]).sum() ** 2, x),
         (lambda w: (X @ w).at[1:3].multiply(2.0).sum() ** 2, x),
         (lambda w: jnp.exp((a := X @ w + 1).at[0].set(0.4) * a).sum(), x),
+        (lambda w: (jnp.sin(a := X @ w) * a[jnp.argmax(w).astype("int32")][None]).sum(), x),
+        (lambda w: (rows(a := B.T @ w + 1) ** 2 * jnp.log(rows(jnp.exp(a[::-1])))).sum(), B),
     ],
     "One value at several places of a block": [
         (distances, pairs),

@@ -134,7 +134,9 @@ def test_random_programs_take_few_times_the_gradient_s_equations(family):
         at = range(len(args))
         ours += size(hs.hesscale(loss, at), *args)
         gradient_s += size(jax.grad(loss, tuple(at)), *args)
-    assert ours <= 3.6 * gradient_s  # 3.9 of blocks, while equal equations stood there twice
+    # 3.9 of blocks, while equal equations stood there twice; each pair of images covaries.
+    limit = 3.6 if family == "meeting" else 3.4
+    assert ours <= limit * gradient_s
 
 
 def test_a_block_of_few_reductions_is_exact():

@@ -243,7 +243,7 @@ def test_a_loop_that_hands_out_sums(total):
     assert_close(hs.hesscale(loss)(normal(2))[1], jnp.diag(jax.hessian(loss)(normal(2))))
 
 
-def test_what_each_step_of_a_loop_chooses_alike_is_chosen_before_it():
+def test_what_each_step_of_a_loop_selects_alike_is_selected_before_it():
     def loss(x):
         return jnp.sum(lax.fori_loop(0, 3, lambda _, y: 0.5 * y - x[1] * A, 0 * A) ** 2)
 

@@ -48,9 +48,9 @@ from hesscale_jax._jaxpr.rewriting import (
     maps_rows,
     multiplied_and_summed,
     multiplied_out,
-    once_for_all,
     rewritten_as,
     scattered_apart,
+    selections_first,
 )
 from hesscale_jax._jaxpr.sources import label
 
@@ -155,7 +155,7 @@ class _Builder:
             elif eqn.primitive.name == "scan" and maps_rows(eqn):
                 mapped = trace(all_rows_at_once(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(mapped, inputs, (eqn, *callers), region, in_parts=in_parts)
-            elif eqn.primitive.name == "scan" and (looped := self._once_for_all(eqn, inputs)):
+            elif eqn.primitive.name == "scan" and (looped := self._selections_first(eqn, inputs)):
                 results = self.inline(looped, inputs, (eqn, *callers), region, in_parts=in_parts)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
@@ -232,10 +232,10 @@ class _Builder:
             return None
         return as_closed(eqn.params["branches"][int(which)])
 
-    def _once_for_all(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
-        """A loop, after what each of its steps chooses alike."""
+    def _selections_first(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
+        """A loop, after what each of its steps selects alike."""
         moving = [isinstance(x, Value) and x in self._moving for x in inputs]
-        looped = once_for_all(eqn, moving)
+        looped = selections_first(eqn, moving)
         return looped and trace(looped, *(v.aval for v in eqn.invars))
 
     def _is_short(self, eqn: Any, inputs: Sequence[Any]) -> bool:

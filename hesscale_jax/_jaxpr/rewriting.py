@@ -10,7 +10,6 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "FEW",
     "MOVES_ENTRIES",
     "REDUCES",
+    "REDUCTIONS",
     "SCATTERS",
     "SHORT",
     "all_rows_at_once",
@@ -27,9 +27,9 @@ __all__ = [
     "maps_rows",
     "multiplied_and_summed",
     "multiplied_out",
-    "once_for_all",
     "rewritten_as",
     "scattered_apart",
+    "selections_first",
 ]
 
 
@@ -55,8 +55,8 @@ REDUCES: dict[str, tuple[Any, Any]] = {
     "reduce_sum": (lax.add, lax.reduce_sum),
 }
 
-# What chooses some of a value's entries.
-CHOOSES = frozenset({"dynamic_slice", "gather", "slice"})
+# What selects some of a value's entries.
+SELECTS = frozenset({"dynamic_slice", "gather", "slice"})
 
 # What combines what is scattered with what is there, and what it leaves as it is.
 SCATTERS: dict[str, tuple[Any, int]] = {
@@ -153,13 +153,13 @@ def all_rows_at_once(eqn: Any) -> Callable[..., Any]:
     return jax.vmap(step, [None] * len(consts) + [0] * len(xs), axis_size=eqn.params["length"])
 
 
-def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
-    """A loop that is given what each of its steps chooses of operands, some of them ``moving``.
+def selections_first(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
+    """A loop that is given what each of its steps selects of operands, some of them ``moving``.
 
     Other functions of what moves stay in the loop: its block knows how they vary together.
 
     Returns:
-      What chooses it before the loop; ``None`` if each step chooses nothing alike that moves.
+      What selects it before the loop; ``None`` if each step selects nothing alike that moves.
     """
     closed = as_closed(eqn.params["jaxpr"])
     consts, carry, _ = scan_groups(eqn)
@@ -169,10 +169,9 @@ def once_for_all(eqn: Any, moving: Sequence[bool]) -> Callable[..., Any] | None:
     alike, rest = [], []
     for e in closed.jaxpr.eqns:
         operands = [v for v in e.invars if not isinstance(v, core.Literal)]
-        parts = any(is_complex(v.aval) for v in (*e.invars, *e.outvars))
-        alone = e.effects or parts or not operands or not same.issuperset(operands)
+        alone = e.effects or not operands or not same.issuperset(operands)
         varies = not moves.isdisjoint(operands)
-        if alone or (varies and e.primitive.name not in CHOOSES):
+        if alone or (varies and e.primitive.name not in SELECTS):
             rest.append(e)
             continue
         alike.append(e)
