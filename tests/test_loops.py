@@ -250,6 +250,7 @@ def test_what_each_step_of_a_loop_selects_alike_is_selected_before_it():
     A = normal(4)
     oracle.check(loss, normal(3))
     assert_close(hs.hesscale(loss)(normal(3))[1], jnp.diag(jax.hessian(loss)(normal(3))))
+    assert "rewriting.py" not in str(hs.explain(loss)(normal(3)))
 
 
 def test_a_branch_that_is_known_is_no_branch():

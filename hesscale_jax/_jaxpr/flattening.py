@@ -156,7 +156,8 @@ class _Builder:
                 mapped = trace(all_rows_at_once(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(mapped, inputs, (eqn, *callers), region, in_parts=in_parts)
             elif eqn.primitive.name == "scan" and (looped := self._selections_first(eqn, inputs)):
-                results = self.inline(looped, inputs, (eqn, *callers), region, in_parts=in_parts)
+                within = (eqn, *callers), region
+                results = self.inline(looped, inputs, *within, written=False, in_parts=in_parts)
             elif eqn.primitive.name == "scan" and self._is_short(eqn, inputs):
                 results = self._written_out(eqn, inputs, (eqn, *callers), region, in_parts)
             elif branch := self._branch(eqn, inputs):
