@@ -20,7 +20,7 @@ import jax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
-from hesscale_jax.blocks import Block, Plan, loop, plan
+from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.forms import Form
 from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.images import Images
@@ -296,15 +296,20 @@ class _Explanation:
             return
         titles = _titles(eqn)
         for title, body, paths in zip(titles, eqn.bodies, self._loops[eqn], strict=True):
-            inner = body.program
-            wanted = [inner.outputs[i] for i in sorted(paths.wanted)]
-            steps = plan(inner, paths.moving, wanted, self._rule)
-            head = self._head.inside(eqn, body, steps.rules, affine_in(steps))
+            steps, head = self._within(eqn, body, paths)
             names = self._handed(eqn, body)
             leaves = self._images.leaves_within(eqn, body)
             images = Images(steps, leaves, self._images.last_within(eqn, body, steps))
-            inside = _Explanation(inner, steps, images, head, names, self._rule, self._marked)
+            inside = _Explanation(
+                body.program, steps, images, head, names, self._rule, self._marked
+            )
             yield inside.report(title)
+
+    def _within(self, eqn: Equation, body: Body, paths: Loop) -> tuple[Plan, LossHead]:
+        """The steps of a program that an equation runs, and the loss's head within it."""
+        wanted = [body.program.outputs[i] for i in sorted(paths.wanted)]
+        steps = plan(body.program, paths.moving, wanted, self._rule)
+        return steps, self._head.inside(eqn, body, steps.rules, affine_in(steps))
 
     def _handed(self, eqn: Equation, body: Body) -> dict[Value, str]:
         """What to call the inputs of a body."""
@@ -334,7 +339,8 @@ class _Explanation:
     def _shared(self) -> Iterator[Shared]:
         """Constants of a loop, and carries if there are several.
 
-        A loop in a block drops nothing at these, but between what its steps hand out.
+        A loop in a block drops nothing at these, but between what its steps hand out. Nor is
+        anything dropped between steps if the loss is affine in what each hands on.
         """
         pairs = ((unit, eqn) for unit in self._units for eqn in unit.equations)
         for unit, eqn in pairs:
@@ -343,8 +349,10 @@ class _Explanation:
             constants, carry, _ = _jaxpr.scan_groups(eqn)
             ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
             in_block = eqn in self._plan.loops
-            handed_out = any(v in self._plan.active for v in eqn.outputs[len(carry) :])
-            for i in constants if handed_out or not in_block else ():
+            _, head = self._within(eqn, body, paths)
+            handed_out = not all(map(self._head.is_affine_in, eqn.outputs[len(carry) :]))
+            handed_on = not all(head.is_affine_in(body.program.inputs[i]) for i in carry)
+            for i in constants if handed_out or (handed_on and not in_block) else ():
                 if eqn.inputs[i] in paths.read:
                     value = self._same.get(eqn.inputs[i], eqn.inputs[i])
                     name = self._names.get(value, _described(value))
@@ -357,12 +365,14 @@ class _Explanation:
     def _dropped(self) -> Iterator[Dropped]:
         for value, name in self._names.items():
             edges = [(value, unit) for unit in self._readers[value]]
-            meeting = self._meeting(edges, {value: frozenset([value])}, {value})
+            meeting = self._meeting(edges, {value: frozenset([value])}, [{value}])
             if meeting is not None:
                 yield Dropped(name, None, _indices(edges), meeting.index)
         for unit in self._units:
             edges = [(v, later) for v in unit.results for later in self._readers[v]]
-            meeting = self._meeting(edges, self._origins(unit), {v for v, _ in edges})
+            handed_on = {v for v, _ in edges}
+            sources = [{v} for v in handed_on] + [set(self._images.of(v).of) for v in handed_on]
+            meeting = self._meeting(edges, self._origins(unit), sources)
             if meeting is not None:
                 values = ", ".join(dict.fromkeys(_described(v) for v, _ in edges))
                 maker = next(eqn for eqn in unit.equations if edges[0][0] in eqn.outputs)
@@ -384,22 +394,30 @@ class _Explanation:
         (eqn, *_) = unit.equations
         return dict(zip(eqn.inputs, self._images.products.get(eqn, ()), strict=False))
 
-    def _knows(self, unit: _Unit, entering: Value, sources: set[Value]) -> bool:
-        """Whether a step knows how what enters it varies with one of the sources."""
-        forms = self._forms(unit)
-        read = [v for eqn in unit.equations for v, name in self._read_as(eqn) if name is entering]
-        return bool(forms) and all(v in forms and not sources.isdisjoint(forms[v].of) for v in read)
+    def _knows(self, unit: _Unit, entering: Iterable[Value], sources: Sequence[set[Any]]) -> bool:
+        """Whether a step knows how what enters it varies with all of one of the sources.
+
+        That is where their images meet in it, or where what it hands on are images again.
+        """
+
+        def are_images(forms: Iterable[Form | None]) -> bool:
+            found = [f is not None and any(s <= {*f.of} for s in sources) for f in forms]
+            return bool(found) and all(found)
+
+        entering, met = set(entering), self._forms(unit)
+        read = [v for eqn in unit.equations for v, name in self._read_as(eqn) if name in entering]
+        return are_images(map(met.get, read)) or are_images(map(self._images.of, unit.results))
 
     def _meeting(
         self,
         edges: list[tuple[Value, _Unit]],
         origins: dict[Value, frozenset[Value]],
-        sources: set[Value],
+        sources: Sequence[set[Any]],
     ) -> _Unit | None:
         """The first step where two branches with a common origin meet, before the affine end.
 
         Branches are walked step by step, until two meet or but one is left. Those that meet where
-        it is known how both vary with one of the sources go on as one.
+        it is known how both vary with all of one of the sources go on as one.
         """
         entering: dict[_Unit, dict[Value, frozenset[int]]] = defaultdict(dict)
         origin: list[frozenset[Value]] = []
@@ -413,7 +431,7 @@ class _Explanation:
         while ahead and len(walking) > 1:
             _, unit = heapq.heappop(ahead)
             arrived = entering.pop(unit)
-            if all(self._knows(unit, value, sources) for value in arrived):
+            if self._knows(unit, arrived, sources):
                 one = frozenset([min(b for bs in arrived.values() for b in bs)])
                 walking -= Counter(b for bs in arrived.values() for b in bs)
                 arrived = dict.fromkeys(arrived, one)
