@@ -7,7 +7,9 @@ found equation by equation:
   values and scalars that do not depend on the inputs. Where the loss itself would come out
   parameter-like, only the inputs count.
 - An *entry* is an equation where parameters meet the data's path: one operand is parameter-like and
-  the result is not. If the loss names its model's output (``checkpoint_name(y, "model_output")``),
+  the result is not. Where only the inputs count, it is one where an input meets what another is in,
+  or that makes a residual, whose square the loss is affine in: another function of one input is no
+  model. If the loss names its model's output (``checkpoint_name(y, "model_output")``),
   those equations are the only entries.
 - The *tail* is the equations through which the loss is an affine function of their result. A
   parameter added there, as a penalty is, does not meet the model.
@@ -19,7 +21,8 @@ it if no entry comes after.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value
@@ -46,6 +49,7 @@ class LossHead:
         *,
         named: bool,
         only_inputs: bool | None = None,
+        reached: Mapping[Value, frozenset[Value]] = MappingProxyType({}),
         entered: frozenset[Value] = frozenset(),
         bent: frozenset[Value] = frozenset(),
     ) -> None:
@@ -59,6 +63,7 @@ class LossHead:
           named: Whether the loss names its model's output.
           only_inputs: Whether no other value counts as parameter-like; by default, if the first
             output would.
+          reached: The parameters that other inputs depend on.
           entered: The outputs that an entry comes after.
           bent: The outputs in which the loss is not affine.
         """
@@ -70,11 +75,14 @@ class LossHead:
         if self._only_inputs:
             self._like = frozenset(parameters)
         self._entered, self._bent = entered, bent
+        self._reached = {v: frozenset([v]) for v in parameters} | dict(reached)
         self._readers: dict[Value, list[Equation]] = defaultdict(list)
         for eqn in path:
             for value in eqn.inputs:
                 self._readers[value].append(eqn)
+            self._reached.update(dict.fromkeys(eqn.outputs, self._reaching(eqn)))
 
+        self._residuals: set[Value] = set()
         self.tail: set[Equation] = set()
         self._clear: set[Equation] = set()  # no entry from here on
         head: set[Equation] = set()
@@ -83,6 +91,8 @@ class LossHead:
             linear_after = all(map(self.is_affine_in, eqn.outputs)) and not is_name
             if linear_after and is_affine(eqn):
                 self.tail.add(eqn)
+            elif linear_after and _is_square(eqn):
+                self._residuals.update(eqn.inputs)
             is_entry = is_name if named else self.is_entry(eqn)
             if not is_entry and all(map(self._is_clear_after, eqn.outputs)):
                 self._clear.add(eqn)
@@ -101,6 +111,11 @@ class LossHead:
         path = list(path)
         inputs, outputs = body.program.inputs, body.program.outputs
         like = {v for v, i in zip(inputs, body.inputs, strict=True) if eqn.inputs[i] in self._like}
+        reached = {
+            v: self._reached.get(eqn.inputs[i], frozenset())
+            for v, i in zip(inputs, body.inputs, strict=True)
+        }
+        reached |= {inputs[j]: self._reaching(eqn) for j in body.carry.values()}
         entered = {
             v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_clear_after(y)
         }
@@ -113,6 +128,7 @@ class LossHead:
                 like,
                 named=self._named,
                 only_inputs=self._only_inputs,
+                reached=reached,
                 entered=frozenset(entered),
                 bent=frozenset(bent),
             )
@@ -130,7 +146,15 @@ class LossHead:
 
     def is_entry(self, eqn: Equation) -> bool:
         """Whether parameters meet what is not computed of them alone."""
-        return not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
+        meets = not self._like.isdisjoint(eqn.inputs) and self._like.isdisjoint(eqn.outputs)
+        if not self._only_inputs:
+            return meets
+        is_residual = not self._residuals.isdisjoint(eqn.outputs)
+        return is_residual or (meets and len(self._reaching(eqn)) > 1)
+
+    def _reaching(self, eqn: Equation) -> frozenset[Value]:
+        """The parameters that an equation's operands depend on."""
+        return frozenset[Value]().union(*(self._reached.get(v, ()) for v in eqn.inputs))
 
     def is_parameter_like(self, value: Value) -> bool:
         """Whether a value is computed of parameters alone."""
@@ -169,6 +193,12 @@ def _names_output(eqn: Equation) -> bool:
     if eqn.name == "name":
         return eqn.params["name"] == MODEL_OUTPUT
     return any(names_output(body.program) for body in eqn.bodies)
+
+
+def _is_square(eqn: Equation) -> bool:
+    if eqn.name in ("dot_general", "mul"):
+        return eqn.inputs[0] is eqn.inputs[1]
+    return eqn.name == "square" or (eqn.name == "integer_pow" and eqn.params["y"] == 2)
 
 
 def _parameter_like(

@@ -1114,9 +1114,23 @@ def penalized(rng: random.Random) -> Case:
     return Case(f, args, exact)
 
 
+# Convex functions that are no sum of squares.
+PENALTIES = (
+    *("jax.nn.logsumexp({0})", "jnp.log(jnp.sum(jnp.exp({0})))", "jnp.sqrt(0.1 + jnp.sum({0}**2))"),
+    *("jnp.sum(jnp.linalg.norm({0}, axis=-1))", "jnp.log(jnp.exp({0}).sum(0)).sum()"),
+    *("jnp.sum(jnp.cosh({0}))", "jnp.sum(jnp.logaddexp({0}, 0.3 * {0}))"),
+)
+
+
 def convex(rng: random.Random) -> Case:
-    """A convex loss of a random model's output, which is named or the last linear layer's."""
+    """A convex loss of a random model's output, which is named or the last linear layer's.
+
+    Or of parameters alone.
+    """
     program = Program(rng)
+    if rng.random() < 0.2:
+        leaves = [program.input((3, 2), exact=True) for _ in range(rng.randint(1, 2))]
+        return case(program, " + ".join(rng.choice(PENALTIES).format(x) for x in leaves))
     z = linear(program, hidden(program, (3, 2)), 4, bent=False)
     if rng.random() < 0.5:
         z = program.add(f"name({own_function(program, z)}, 'model_output')", z.shape)

@@ -127,12 +127,35 @@ def test_a_penalty_that_is_a_norm():
         (lambda p: jnp.sum((p - TARGETS[0]) ** 2), lambda p: jnp.full_like(p, 2)),
         # A residual squared, as in Gauss and Newton: 2 r'^2, without r r''.
         (lambda p: jnp.sum((p**2 - 1) ** 2), lambda p: 8 * p**2),
+        (lambda p: jnp.vdot(r := jnp.sin(p), r), lambda p: 2 * jnp.cos(p) ** 2),
     ],
-    ids=["square", "product", "exp", "distance", "residual"],
+    ids=["square", "product", "exp", "distance", "residual", "residuals"],
 )
 def test_losses_of_parameters_alone(fun, expected):
     p = normal(4)
     np.testing.assert_allclose(gauss_newton(fun)(p)[1], expected(p), rtol=1e-12)
+
+
+PENALTIES = {
+    "log-sum-exp": lambda p: jnp.log(jnp.sum(jnp.exp(p["a"]))),
+    "norm": lambda p: jnp.sqrt(jnp.sum(p["a"] ** 2)),
+    "norms of groups": lambda p: jnp.sum(jnp.linalg.norm(p["a"].reshape(2, 2), axis=1)),
+    "in a loop": lambda p: jnp.log(
+        jax.lax.scan(lambda c, x: (c + jnp.exp(x), None), 0.0, p["a"])[0]
+    ),
+    "of several": lambda p: jnp.log(jnp.exp(p["a"]).sum() + jnp.exp(p["b"]).sum()),
+    "of several, joined": lambda p: jnp.linalg.norm(jnp.concatenate([p["a"], p["b"]])),
+    "beside a residual": lambda p: jnp.sum((p["b"] ** 2) ** 2) + jnp.log(jnp.exp(p["a"]).sum()),
+}
+
+
+@pytest.mark.parametrize("loss", PENALTIES.values(), ids=PENALTIES)
+def test_a_convex_function_of_parameters_alone_is_no_model(loss):
+    p = {"a": normal(4), "b": normal(4)}
+    hessian = jax.jit(jax.hessian(loss))(p)
+    received = jax.jit(gauss_newton(loss))(p)[1]
+    np.testing.assert_allclose(received["a"], jnp.diag(hessian["a"]["a"]), rtol=1e-9)
+    assert np.all(received["b"] >= 0)
 
 
 def test_an_activation_before_the_loss_counts_as_the_loss_unless_the_output_is_named():

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import oracle
+import programs
 import pytest
 from cases import assert_close, normal
 from jax import lax, nn
@@ -295,5 +296,5 @@ def test_the_gradient_of_horner_s_scheme_is_exact(within):
     def loss(x):
         return jnp.sum(HORNER[within](x))
 
-    expected = jnp.diag(jax.hessian(loss)(x).reshape(6, 6)).reshape(3, 2)
-    assert_close(jax.jit(hs.hesscale(loss))(x)[1], expected)
+    _, (expected,) = programs.hessian_diagonals(loss, [x], [0])
+    assert_close(oracle.computed(hs.hesscale(loss), x)[1], expected)
