@@ -24,7 +24,7 @@ from jax import lax
 if TYPE_CHECKING:
     from hesscale_jax._jaxpr import Equation
 
-__all__ = ["ANALYTIC", "FORMS", "Complex", "apart", "filled", "is_complex", "own", "together"]
+__all__ = ["ANALYTIC", "FORMS", "MATRIX", "Complex", "apart", "filled", "is_complex", "own", "together"]
 
 # (equation, bind, *operands) -> results; each operand and result a real array or a Complex.
 # bind applies the equation's primitive to other operands.
@@ -257,8 +257,7 @@ def _by_part(
             _filled(p, v) if isinstance(x, Complex) else p
             for p, x, v in zip(of_part, operands, eqn.inputs, strict=True)
         ]
-        found = bind(*arrays)
-        parts.append(list(found) if isinstance(found, list | tuple) else [found])
+        parts.append(_listed(bind(*arrays)))
     # What is real comes out of both.
     results = [
         Complex(re, im) if is_complex(v) else re
@@ -345,20 +344,42 @@ def _by_jax(eqn: "Equation", bind: Any, *operands: Any) -> Any:
     return _analytic(eqn.name, bind, *map(filled, operands, eqn.inputs))
 
 
-def _fft(eqn: "Equation", bind: Any, x: Any) -> Any:
-    """Both parts of the result together: a linear function of those of the operand."""
-    operands: tuple[Any, ...] = (x,)
-    if isinstance(x, Complex):
-        re, im = filled(x, eqn.inputs[0])
-        operands = (re,) if _is_zero(x.im) else (re, im)
+def _whole(eqn: "Equation", bind: Any, *operands: Any) -> Any:
+    """The parts of all results together, as one function of those of the operands."""
+    parts_of = [
+        filled(x, v)[: 1 if _is_zero(x.im) else 2] if isinstance(x, Complex) else (x,)
+        for x, v in zip(operands, eqn.inputs, strict=True)
+    ]
+    leaves, tree = jax.tree.flatten(parts_of)
 
-    def evaluated(re: Any, *im: Any) -> Sequence[Any]:
-        z = lax.complex(re, *im) if im else re
-        y = apart(bind(lax.convert_element_type(z, eqn.inputs[0].dtype)))
-        return tuple(y) if isinstance(y, Complex) else (y,)
+    def evaluated(*leaves: Any) -> Sequence[Any]:
+        parts = jax.tree.unflatten(tree, leaves)
+        arrays = (lax.complex(*x) if len(x) == 2 else x[0] for x in parts)
+        wanted = zip(arrays, eqn.inputs, strict=True)
+        found = bind(*(lax.convert_element_type(x, v.dtype) for x, v in wanted))
+        return tuple(jax.tree.leaves(list(map(apart, _listed(found)))))
 
-    results = as_function("fft", evaluated, *operands)
-    return Complex(*results) if len(results) > 1 else results[0]
+    parts = iter(as_function(eqn.name, evaluated, *leaves))
+    results = [
+        Complex(next(parts), next(parts)) if is_complex(v) else next(parts) for v in eqn.outputs
+    ]
+    return results if len(results) > 1 else results[0]
+
+
+def _linear_solve(eqn: "Equation", bind: Any, *operands: Any) -> Any:
+    """Whole; there is no derivative in what the solver is made of, as a factorisation."""
+    first = eqn.params["const_lengths"].matvec
+    last = len(operands) - len(eqn.params["jaxprs"].matvec.out_avals)
+
+    def solved(*operands: Any) -> Any:
+        of_solver = map(lax.stop_gradient, operands[first:last])
+        return bind(*operands[:first], *of_solver, *operands[last:])
+
+    return _whole(eqn, solved, *operands)
+
+
+def _listed(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 # Written out by JAX's own values and derivatives, each part as a pointwise function.
@@ -366,6 +387,12 @@ ANALYTIC = (
     *("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "cos", "cosh", "exp2"),
     *("expm1", "integer_pow", "log", "log1p", "logistic", "pow", "reciprocal", "rsqrt", "sin"),
     *("max", "min", "sinh", "sqrt", "tan", "tanh"),
+)
+
+# Taken whole: each part of a result may depend on all of the operands.
+MATRIX = (
+    *("cholesky", "custom_linear_solve", "eigh", "lu", "qr", "svd"),
+    *("triangular_solve", "tridiagonal_solve"),
 )
 
 FORMS: Mapping[str, Form] = MappingProxyType(
@@ -402,7 +429,8 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "scatter-add": _scatter(lax.scatter_add),
         "scatter-mul": _scatter_mul,
         "scatter-sub": _scatter(lax.scatter_sub),
-        # Fourier transforms
-        "fft": _fft,
+        # Linear algebra
+        **dict.fromkeys(("fft", *MATRIX), _whole),
+        "custom_linear_solve": _linear_solve,
     }
 )

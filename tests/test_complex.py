@@ -111,6 +111,29 @@ def own_rules(x):
     return jnp.sum(jnp.sin(cubed(squared(lax.complex(x[0], x[1]))).real))
 
 
+SQUARE, TURN = normal(3, 3, seed=7), normal(3, 3, seed=8)
+
+
+def of_matrix(fun, p=SQUARE, shift=0.0):
+    """A loss of a complex matrix function, and where to take it."""
+    return lambda p: jnp.sum(jnp.abs(fun(lax.complex(p + shift * jnp.eye(len(p)), TURN))) ** 3), p
+
+
+def hermitian(z):
+    return z @ z.conj().T + lax.complex(jnp.eye(3), 0.0 * TURN)
+
+
+def solved_by(solve):
+    """A loss of the solution for a right-hand side: linear in it."""
+    matrix = lax.complex(SQUARE + 4 * jnp.eye(3), jnp.tril(TURN))
+    return lambda p: jnp.sum(jnp.abs(solve(matrix, lax.complex(p, 2 * p))) ** 2), normal(3, 2)
+
+
+def banded(p):
+    one, on = jnp.ones(3, complex), lax.complex(p, 3 + 0 * p)
+    return jnp.sum(jnp.abs(lax.linalg.tridiagonal_solve(one, on, one, one[:, None])) ** 2)
+
+
 PIECES = {"nu": 3, "theta": 3, "b_re": 3, "b_im": 3, "c_re": 3, "c_im": 3}
 UNIT = {name: 0.3 * normal(n, seed=i) for i, (name, n) in enumerate(PIECES.items())}
 LAYER = {
@@ -126,6 +149,10 @@ EXACT = {
     "short time": (short_time, normal(16)),
     "complex Gaussian": (gaussian, normal(3)),
     "coherence": (coherence, normal(4)),
+    "solve": solved_by(jnp.linalg.solve),
+    "triangular solve": solved_by(jax.scipy.linalg.solve_triangular),
+    "tridiagonal solve": (banded, normal(3)),
+    "singular values": of_matrix(lambda z: jnp.linalg.svd(z, compute_uv=False)),
 }
 PROGRAMS: dict[str, Any] = EXACT | {
     "log power": (log_power, normal(6)),
@@ -138,6 +165,15 @@ PROGRAMS: dict[str, Any] = EXACT | {
     "branches": (branches, normal(3)),
     "a derivative within": (within, normal(3)),
     "rules of their own": (own_rules, normal(2, 3)),
+    "inverse": of_matrix(jnp.linalg.inv, shift=4.0),
+    "determinant": of_matrix(jnp.linalg.det),
+    "singular vectors": of_matrix(lambda z: jnp.abs(jnp.linalg.svd(z, full_matrices=False)[0])),
+    "QR": of_matrix(lambda z: jnp.linalg.qr(z)[1]),
+    "LU": of_matrix(lambda z: jax.scipy.linalg.lu(z)[2], shift=4.0),
+    "Cholesky": of_matrix(lambda z: jnp.linalg.cholesky(hermitian(z))),
+    "eigenvalues": of_matrix(lambda z: jnp.linalg.eigvalsh(hermitian(z))),
+    "eigenvectors": of_matrix(lambda z: jnp.abs(jnp.linalg.eigh(hermitian(z))[1])),
+    "matrix exponential": of_matrix(jax.scipy.linalg.expm),
 }
 
 

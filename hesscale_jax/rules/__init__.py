@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hesscale_jax._complex import ANALYTIC, own
+from hesscale_jax._complex import ANALYTIC, MATRIX, own
 from hesscale_jax.rules import derivatives as d
 from hesscale_jax.rules.calls import call, linear_call, vectorised
 from hesscale_jax.rules.control_flow import cond, scan, shard_map, while_loop
@@ -143,6 +143,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         # Complex values, which are written out in their real and imaginary parts
         **{f"custom_jvp_call[{own(name)}]": nested for name in ANALYTIC},
         "custom_jvp_call[complex.fft]": fourier,
+        **{f"custom_jvp_call[{own(name)}]": matrix_function() for name in MATRIX},
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,
         # Matrix functions

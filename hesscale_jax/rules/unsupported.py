@@ -15,7 +15,7 @@ _PROCESSES = "it moves arrays between processes; do so outside of the loss"
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "eig": "complex values of a factorisation have no form in real and imaginary parts",
+        "eig": "JAX has no second derivative of it",
         "reduce_window": "JAX has no reverse-mode derivative of it with an arbitrary reducer",
         **dict.fromkeys(("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref"), _REF),
         **dict.fromkeys(("freeze", "get", "get_global", "new_ref", "run_state", "swap"), _REF),
