@@ -117,7 +117,7 @@ class Report:
         page = _Page(self)
         head = f"{self.title}: {len(self.steps)} step{'s'[: len(self.steps) != 1]}"
         sections = [[head], page.table(), page.missing(), page.dropped()]
-        sections += [page.one_by_one(), page.coordinates()]
+        sections += [page.one_by_one(), page.taken_as_linear(), page.coordinates()]
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
     def __rich__(self) -> Any:
@@ -342,12 +342,32 @@ class _Page:
         ]
 
     def _one_by_one(self) -> Iterator[tuple[str, ...]]:
+        for number, step in self._with_rules("dense", "sampled"):
+            if not step.primitives[0].startswith("region["):
+                yield f"  {number}", step.primitives[0], source(step)
+
+    # What has no curvature of its own
+
+    def taken_as_linear(self) -> list[str]:
+        rows = [
+            (f"  {number}", step.primitives[0], source(step))
+            for number, step in self._with_rules("own_jacobian")
+        ]
+        if not rows:
+            return []
+        return [
+            "Functions taken as linear, with the Jacobian of their own backward pass, as their body",
+            "has no derivative:",
+            *aligned(rows),
+        ]
+
+    def _with_rules(self, *rules: str) -> Iterator[tuple[str, Step]]:
         for i in dict.fromkeys(place.step for place in self._places):
             step = self._report.steps[i]
-            if step.rule in ("dense", "sampled") and not step.primitives[0].startswith("region["):
-                yield f"  {self._number(i)}", step.primitives[0], source(step)
+            if step.rule in rules:
+                yield self._number(i), step
             for page in self._bodies.get(i, ()):
-                yield from page._one_by_one()
+                yield from page._with_rules(*rules)
 
     # What has no basis
 

@@ -25,7 +25,7 @@ from hesscale_jax._jaxpr.binding import (
     with_constants,
     without_state,
 )
-from hesscale_jax._jaxpr.bodies import body, has_effects
+from hesscale_jax._jaxpr.bodies import body, has_effects, passes_entrywise
 from hesscale_jax._jaxpr.custom_rules import along, moved_results
 from hesscale_jax._jaxpr.flattening import flatten, pure
 from hesscale_jax._jaxpr.inspection import (
@@ -102,6 +102,7 @@ __all__ = [
     "moved_results",
     "multiply",
     "number",
+    "passes_entrywise",
     "pure",
     "run",
     "scan_groups",

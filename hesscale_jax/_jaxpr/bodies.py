@@ -1,6 +1,6 @@
 """The programs that an equation runs, and whether they act entry by entry."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from hesscale_jax._jaxpr.program import (
 from hesscale_jax._jaxpr.rewriting import ENTRYWISE, MOVES_ENTRIES
 from hesscale_jax._jaxpr.sources import ONE_RESULT, function_name
 
-__all__ = ["acts_entrywise", "bodies_of", "body", "has_effects"]
+__all__ = ["acts_entrywise", "bodies_of", "body", "has_effects", "passes_entrywise"]
 
 
 def has_effects(program: Program) -> bool:
@@ -91,7 +91,12 @@ def acts_entrywise(eqn: Equation) -> bool:
             for e in _expansion(eqn).equations
         )
     program = flatten(derivative_jaxpr(eqn), apart=False)
-    return shape == () or _pass_entrywise(program, set(program.inputs[len(values) :]), shape)
+    return passes_entrywise(program, program.inputs[len(values) :], shape)
+
+
+def passes_entrywise(program: Program, moving: Iterable[Value], shape: tuple[int, ...]) -> bool:
+    """Whether what moves passes through a program entry by entry, in the shape given."""
+    return shape == () or _pass_entrywise(program, set(moving), shape)
 
 
 def _expansion(eqn: Equation) -> Program:

@@ -26,6 +26,7 @@ from hesscale_jax.rules.custom_derivatives import (
     custom_vjp,
     defined_by,
     high,
+    own_derivatives,
     own_jacobian,
 )
 from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
@@ -68,6 +69,7 @@ __all__ = [
     "matrix_function",
     "multilinear",
     "nested",
+    "own_derivatives",
     "own_jacobian",
     "product",
     "sampled",

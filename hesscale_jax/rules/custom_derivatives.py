@@ -1,5 +1,6 @@
 """Functions with a derivative rule of their own: ``custom_jvp`` and ``custom_vjp``."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Equation, Program, Value
+from hesscale_jax._jaxpr import Constant, Equation, Program, Value, size
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.dense_jacobian import matrix_function
@@ -19,11 +20,22 @@ from hesscale_jax.rules.selection import PiecewiseConstant, jvp, push
 from hesscale_jax.rules.table import ByEquation, Find, Unsupported
 from hesscale_jax.rules.unsupported import OWN_TYPES
 
-__all__ = ["custom_jvp", "custom_rule", "custom_vjp", "defined_by", "high", "own_jacobian"]
+__all__ = [
+    "custom_jvp",
+    "custom_rule",
+    "custom_vjp",
+    "defined_by",
+    "high",
+    "own_derivatives",
+    "own_jacobian",
+]
 
 # Where a value chooses between others, or picks some of them by their indices.
 CHOICES = frozenset({"cond", "dynamic_slice", "dynamic_update_slice", "gather", "select_n"})
 CHOICES |= {"scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"}
+
+# How many entries of a second derivative are written out, each by a backward pass.
+MOST_DERIVATIVES = 1024
 
 # How many random signs an estimate is averaged over.
 SIGNS = 4
@@ -88,8 +100,7 @@ def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -
 def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx, vy = (J*J) vx`` with the Jacobian of the function's own rule, taken as linear.
 
-    It is for a ``custom_vjp`` function whose body has no derivative: rounding, a sign, an iteration
-    until convergence. The squares are those of the rule's backward program, pushed through its
+    It is for a ``custom_vjp`` function whose body has no derivative: rounding, a sign. The squares are those of the rule's backward program, pushed through its
     equations; if it holds a loop of unknown length, their estimate ``vy = z * J(J^T z * vx)``,
     averaged over random signs ``z``, without bias.
     """
@@ -115,16 +126,87 @@ def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> li
     return list(map(Moments, results, shifts, spreads))
 
 
-def _iterates(program: Program) -> bool:
-    """Whether a program of cotangents holds a loop of unknown length on their way.
+def own_derivatives(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
+    """``dy = J dx + sum_i d2f/dx_i2 vx_i, vy = (J*J) vx``, both by the function's own rule.
 
-    The backward pass of an ODE solver calls the solver: what it calls counts too.
+    It is for a ``custom_vjp`` function that iterates until convergence: a root, an ODE solver. The
+    second derivative is that of the backward pass, by a backward pass through it. The table has it
+    for functions that act entry by entry, and for those of up to 1,024 entries of an operand times
+    results; a larger one is taken as linear, as of ``own_jacobian``.
+    """
+    found = own_jacobian(eqn, operands, recurse)
+    if not recurse.curved:
+        return found
+    for i, k in itertools.product(range(len(operands)), range(len(found))):
+        if operands[i].spread is not None and found[k].spread is not None:
+            bend = _own_bend(eqn, [x.primal for x in operands], i, k, operands[i].spread)
+            found[k] = found[k]._replace(shift=total(found[k].shift, bend))
+    return found
+
+
+def _own_bend(eqn: Equation, primals: Sequence[Any], i: int, k: int, spread: Any) -> Any:
+    """``sum_i d2f_k/dx_i2 vx_i`` by the rule of the function."""
+    x, y = primals[i], eqn.outputs[k]
+
+    def turned(u: Any, g: Any) -> Any:
+        return jax.vjp(lambda x: _slope(eqn, primals, i, k)(x, g), x)[1](u)[0]
+
+    wide = lax.convert_element_type(spread, x.dtype)
+    if _is_entrywise(eqn, i, k):
+        bend = turned(jnp.ones_like(x), jnp.ones(y.shape, y.dtype)) * wide
+    else:
+        units, rows = (jnp.eye(size(v.shape), dtype=v.dtype).reshape(-1, *v.shape) for v in (x, y))
+        bend = lax.map(
+            lambda g: lax.map(lambda u: jnp.vdot(u, turned(u, g)), units) @ wide.ravel(), rows
+        )
+    return lax.convert_element_type(bend.reshape(y.shape), y.dtype)
+
+
+def _slope(eqn: Equation, primals: Sequence[Any], i: int, k: int) -> Callable[[Any, Any], Any]:
+    """The backward pass from result ``k`` to operand ``i``, as a function of the operand."""
+    fun = _jaxpr.along(eqn, primals, [i])
+    return lambda x, g: jax.vjp(lambda x: _jaxpr.listed(fun(x), eqn)[k], x)[1](g)[0]
+
+
+def _backward(eqn: Equation, i: int, k: int) -> Program:
+    def slope(primals: Sequence[Any], g: Any) -> Any:
+        return _slope(eqn, primals, i, k)(primals[i], g)
+
+    avals = [x.value if isinstance(x, Constant) else x.aval for x in eqn.inputs]
+    return _jaxpr.body(_jaxpr.trace(slope, avals, eqn.outputs[k].aval), eqn).program
+
+
+def _is_entrywise(eqn: Equation, i: int, k: int) -> bool:
+    x, y = eqn.inputs[i], eqn.outputs[k]
+    backward = _backward(eqn, i, k)
+    return x.shape == y.shape and _jaxpr.passes_entrywise(backward, backward.inputs[-1:], y.shape)
+
+
+def _has_own_derivatives(eqn: Equation) -> bool:
+    """Whether JAX differentiates the backward pass in reverse, at a cost that is bounded."""
+    moving = [i for i, v in enumerate(eqn.inputs) if isinstance(v, Value) and _jaxpr.is_inexact(v)]
+    results = [k for k, v in enumerate(eqn.outputs) if _jaxpr.is_inexact(v)]
+    return all(
+        not _iterates(_backward(eqn, i, k), called=False)
+        and (
+            size(eqn.inputs[i].shape) * size(eqn.outputs[k].shape) <= MOST_DERIVATIVES
+            or _is_entrywise(eqn, i, k)
+        )
+        for i, k in itertools.product(moving, results)
+    )
+
+
+def _iterates(program: Program, called: bool = True) -> bool:
+    """Whether a program holds a loop of unknown length on the way from its inputs.
+
+    The backward pass of an ODE solver calls the solver: what is ``called`` counts too, or not.
     """
     reached = {v for v in program.inputs if _jaxpr.is_inexact(v)}
     for eqn in program.equations:
         if reached.isdisjoint(v for v in eqn.inputs if isinstance(v, Value)):
             continue
-        if eqn.name == "while" or any(_iterates(body.program) for body in eqn.bodies):
+        inside = eqn.bodies if called or eqn.name not in _jaxpr.CUSTOM else ()
+        if eqn.name == "while" or any(_iterates(body.program, called) for body in inside):
             return True
         reached.update(v for v in eqn.outputs if _jaxpr.is_inexact(v))
     return False
@@ -182,8 +264,15 @@ def _lacks_a_rule(eqn: Equation, find: Find) -> bool:
 
 
 def _custom_vjp(eqn: Equation, find: Find) -> Any:
-    """The curvature is that of the body; where that has no derivative, as of ``own_jacobian``."""
-    return own_jacobian if _loses_derivatives(eqn, find) else custom_rule
+    """The curvature is that of the body; where that has no derivative, the rule's.
+
+    That is as of ``own_derivatives`` where the body iterates until convergence and is not too
+    large, else as of ``own_jacobian``.
+    """
+    if not _loses_derivatives(eqn, find):
+        return custom_rule
+    iterates = any(_iterates(body.program) for body in eqn.bodies)
+    return own_derivatives if iterates and _has_own_derivatives(eqn) else own_jacobian
 
 
 def _loses_derivatives(eqn: Equation, find: Find) -> bool:
