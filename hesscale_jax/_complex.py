@@ -24,7 +24,17 @@ from jax import lax
 if TYPE_CHECKING:
     from hesscale_jax._jaxpr import Equation
 
-__all__ = ["ANALYTIC", "FORMS", "MATRIX", "Complex", "apart", "filled", "is_complex", "own", "together"]
+__all__ = [
+    "ANALYTIC",
+    "FORMS",
+    "MATRIX",
+    "Complex",
+    "apart",
+    "filled",
+    "is_complex",
+    "own",
+    "together",
+]
 
 # (equation, bind, *operands) -> results; each operand and result a real array or a Complex.
 # bind applies the equation's primitive to other operands.

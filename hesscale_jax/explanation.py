@@ -23,7 +23,7 @@ from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.forms import Form
 from hesscale_jax.head import LossHead, names_output
-from hesscale_jax.images import Images
+from hesscale_jax.images import Images, Part
 from hesscale_jax.layout import layouts
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
@@ -397,7 +397,8 @@ class _Explanation:
     def _knows(self, unit: _Unit, entering: Iterable[Value], sources: Sequence[set[Any]]) -> bool:
         """Whether a step knows how what enters it varies with all of one of the sources.
 
-        That is where their images meet in it, or where what it hands on are images again.
+        That is where their images meet in it, or where what it hands on are images again, and of
+        nothing else that a product makes.
         """
 
         def are_images(forms: Iterable[Form | None]) -> bool:
@@ -406,7 +407,9 @@ class _Explanation:
 
         entering, met = set(entering), self._forms(unit)
         read = [v for eqn in unit.equations for v, name in self._read_as(eqn) if name in entering]
-        return are_images(map(met.get, read)) or are_images(map(self._images.of, unit.results))
+        results = list(map(self._images.of, unit.results))
+        apart = any(isinstance(source, Part) for form in results for source in form.of)
+        return are_images(map(met.get, read)) or (not apart and are_images(results))
 
     def _meeting(
         self,

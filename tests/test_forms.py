@@ -184,6 +184,16 @@ LINES = {
         (lambda z: jnp.vdot(softmax(z), z), x),
         (lambda z: -jnp.log(softmax(jnp.stack([z, 2 * z])))[:, 1].sum(), x),
     ],
+    "What a block makes, weighted by a constant vector": [
+        (lambda w: jnp.sum((jax.nn.softmax(X @ w[:, None] * B[0]) @ B[1]) ** 2), x),
+        (
+            lambda w: jnp.sum(jnp.einsum("j,ij->i", B[1], jax.nn.softmax(w @ B)) ** 2),
+            W[:, :1] + A[:3],
+        ),
+        (lambda w: jnp.sum((jax.nn.softmax(w) @ B) ** 2), x),
+        (lambda w: -jnp.log(jnp.abs(X) @ jax.nn.softmax(w)).sum(), x),
+        (lambda w: ((X @ (w / jnp.linalg.norm(w)) - 1) ** 2).sum(), x),
+    ],
     "An axis of size 1": [
         (lambda w: ((jax.nn.softmax(w) @ B[:, :1] - 0.3) ** 2).sum(), x),
         (lambda w: ((jax.nn.softmax(w)[None] @ B[:, :1] - 0.3) ** 2).sum(), x),

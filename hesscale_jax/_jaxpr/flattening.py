@@ -41,6 +41,7 @@ from hesscale_jax._jaxpr.rewriting import (
     REDUCTIONS,
     SCATTERS,
     SHORT,
+    SMALL,
     all_rows_at_once,
     chooses,
     count_entrywise,
@@ -178,7 +179,9 @@ class _Builder:
                 results = self.inline(combined, parts, (eqn, *callers), region)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
-            elif eqn.primitive.name == "dot_general" and self._contracts_everything(eqn, inputs):
+            elif eqn.primitive.name == "dot_general" and (
+                self._contracts_everything(eqn, inputs) or self._weighs(eqn, inputs)
+            ):
                 expanded = trace(multiplied_and_summed(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             elif eqn.primitive.name == "reduce_prod" and self._has_few(eqn, inputs):
@@ -361,6 +364,23 @@ class _Builder:
             v.aval.shape and all(v.aval.shape[i] == 1 for i in axes)
             for v, axes in zip(eqn.invars, free, strict=True)
         )
+
+    def _weighs(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether a ``dot_general`` adds up what was computed, weighted by a constant vector.
+
+        Or by a small matrix, if what was computed is a vector.
+        """
+        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
+        if all(moves) or not any(moves):
+            return False
+        at = moves.index(True)
+        counts = [
+            math.prod(v.aval.shape[i] for i in axes)
+            for v, axes in zip(eqn.invars, free_axes(eqn), strict=True)
+        ]
+        small = math.prod(eqn.invars[1 - at].aval.shape) <= SMALL
+        weighs = counts[1 - at] == 1 or (counts[at] == 1 and small)
+        return weighs and not self._is_given(inputs[at])
 
     def _is_given(self, x: Any) -> bool:
         """Whether a value is an input, or one in another dtype."""

@@ -20,6 +20,7 @@ __all__ = [
     "REDUCTIONS",
     "SCATTERS",
     "SHORT",
+    "SMALL",
     "all_rows_at_once",
     "chooses",
     "count_entrywise",
@@ -70,6 +71,9 @@ SHORT = 512
 
 # Products, and copies, of no more entries are written out.
 FEW = 8
+
+# Matrices of no more entries are multiplied by entry by entry.
+SMALL = 512
 
 
 def chooses(closed: core.ClosedJaxpr) -> bool:
@@ -220,29 +224,27 @@ def free_axes(eqn: Any) -> list[list[int]]:
 
 
 def multiplied_and_summed(eqn: Any) -> Callable[[Any, Any], Any]:
+    """A ``dot_general`` of which one factor has no free axes but of size 1: entry by entry."""
     result, free = eqn.outvars[0].aval, free_axes(eqn)
-    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = (
-        [
-            [i - sum(j < i for j in ones) for i in axes]
-            for axes, ones in zip(sides, free, strict=True)
-        ]
-        for sides in eqn.params["dimension_numbers"]
-    )
+    sides = list(zip(*eqn.params["dimension_numbers"], strict=True))
+    wide = 0 if all(eqn.invars[1].aval.shape[i] == 1 for i in free[1]) else 1
+    (summed, batch), others = sides[wide], [*itertools.chain(*sides[1 - wide])]
+    partner = dict(zip((*summed, *batch), others, strict=True))
 
     def multiply_and_sum(lhs: Any, rhs: Any) -> Any:
-        lhs, rhs = (
-            lax.squeeze(x, ones) if ones else x for x, ones in zip((lhs, rhs), free, strict=True)
+        x, y = (lhs, rhs) if wide == 0 else (rhs, lhs)
+        x, y = (
+            lax.convert_element_type(z, result.dtype) if z.dtype != result.dtype else z
+            for z in (x, y)
         )
-        partner = dict(zip((*lhs_axes, *lhs_batch), (*rhs_axes, *rhs_batch), strict=True))
-        rhs = _transpose(rhs, [partner[i] for i in range(lhs.ndim)])
-        wide = [
-            lax.convert_element_type(x, result.dtype) if x.dtype != result.dtype else x
-            for x in (lhs, rhs)
-        ]
-        rows = lax.reduce_sum(lax.mul(*wide), tuple(lhs_axes))
-        kept = sorted(lhs_batch)
-        rows = _transpose(rows, [kept.index(i) for i in lhs_batch])
-        return lax.reshape(rows, result.shape) if any(free) else rows
+        y = _transpose(y, [*(partner[i] for i in sorted(partner)), *free[1 - wide]])
+        y = lax.squeeze(y, range(len(partner), y.ndim)) if free[1 - wide] else y
+        if y.shape != x.shape:
+            y = lax.broadcast_in_dim(y, x.shape, sorted(partner))
+        rows = lax.reduce_sum(lax.mul(x, y), tuple(summed))
+        kept = [i for i in range(x.ndim) if i not in summed]
+        rows = _transpose(rows, [kept.index(i) for i in (*batch, *free[wide])])
+        return lax.reshape(rows, result.shape) if rows.shape != result.shape else rows
 
     return multiply_and_sum
 
