@@ -356,8 +356,8 @@ class _Page:
         if not rows:
             return []
         return [
-            "Functions taken as linear, with the Jacobian of their own backward pass, as their body",
-            "has no derivative:",
+            "Functions taken as linear, with the Jacobian of their own backward pass: their body has",
+            "no derivative:",
             *aligned(rows),
         ]
 

@@ -185,7 +185,7 @@ LINES = {
         (lambda z: -jnp.log(softmax(jnp.stack([z, 2 * z])))[:, 1].sum(), x),
     ],
     "What a block makes, weighted by a constant vector": [
-        (lambda w: jnp.sum((jax.nn.softmax(X @ w[:, None] * B[0]) @ B[1]) ** 2), x),
+        (lambda w: jnp.sum((jax.nn.softmax(X @ w) @ B[1]) ** 2), B),
         (
             lambda w: jnp.sum(jnp.einsum("j,ij->i", B[1], jax.nn.softmax(w @ B)) ** 2),
             W[:, :1] + A[:3],

@@ -100,9 +100,10 @@ def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -
 def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx, vy = (J*J) vx`` with the Jacobian of the function's own rule, taken as linear.
 
-    It is for a ``custom_vjp`` function whose body has no derivative: rounding, a sign. The squares are those of the rule's backward program, pushed through its
-    equations; if it holds a loop of unknown length, their estimate ``vy = z * J(J^T z * vx)``,
-    averaged over random signs ``z``, without bias.
+    It is for a ``custom_vjp`` function whose body has no derivative: rounding, a sign. The squares
+    are those of the rule's backward program, pushed through its equations; if it holds a loop of
+    unknown length, their estimate ``vy = z * J(J^T z * vx)``, averaged over random signs ``z``,
+    without bias.
     """
     primals = [x.primal for x in operands]
     results, shifts = jvp(eqn, primals, [x.shift for x in operands])
