@@ -356,8 +356,8 @@ class _Page:
         if not rows:
             return []
         return [
-            "Functions taken as linear, with the Jacobian of their own backward pass: their body has",
-            "no derivative:",
+            "Functions whose body has no derivative, taken as linear with the Jacobian of their own",
+            "backward pass:",
             *aligned(rows),
         ]
 
