@@ -221,7 +221,8 @@ class _Outputs:
 
         def of_example(arrays: Any, curvature: Any) -> list[Any]:
             def outputs(*tangents: Any) -> Any:
-                return jnp.concatenate([x.ravel() for x in linear.pushed(arrays, tangents)])
+                pushed = linear.pushed(arrays, tangents)
+                return jnp.concatenate([x.ravel().astype(curvature.dtype) for x in pushed])
 
             return _quadratic(jax.linear_transpose(outputs, *zeros), curvature)
 
@@ -242,11 +243,14 @@ class _Outputs:
         return lax.scan(add, start, groups)[0]
 
     def _curvatures(self, values: Mapping[Value, Any]) -> Any:
-        """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``."""
+        """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``.
+
+        The head is run in float32 at least: a second derivative may lie beyond half precision.
+        """
         count = self.examples.count
         outputs = [values[v] for v in self._part.outputs]
         sizes = [x.size // count for x in outputs]
-        dtype = jnp.result_type(*outputs)
+        dtype = spread_dtype(*(x.dtype for x in outputs))
 
         def loss(flat: Any) -> Any:
             """The loss of outputs side by side, of each example in a row."""
@@ -254,7 +258,7 @@ class _Outputs:
             parts = jnp.split(flat, ends, axis=1)
             replaced = dict(values)
             for v, x, part in zip(self._part.outputs, outputs, parts, strict=True):
-                replaced[v] = part.reshape(x.shape).astype(x.dtype)
+                replaced[v] = part.reshape(x.shape).astype(spread_dtype(x.dtype))
             return _rerun(self._program, [*self._part.equations, *self._tail], replaced)
 
         flat = jnp.concatenate([x.reshape(count, -1).astype(dtype) for x in outputs], axis=1)
@@ -268,26 +272,32 @@ class _Outputs:
 
 
 def _rerun(program: Program, equations: Iterable[Equation], values: dict[Value, Any]) -> Any:
-    """The loss with some of the equations run again on other values."""
+    """The loss with some of the equations run again, in float32 at least, on other values."""
 
     def read(atom: Any) -> Any:
         return atom.value if isinstance(atom, Constant) else values[atom]
 
     for eqn in sorted(equations, key=program.equations.index):
         with _jaxpr.context(eqn):
-            results = _jaxpr.listed(_jaxpr.bind(eqn, *map(read, eqn.inputs)), eqn)
+            results = _jaxpr.run_widely(eqn, *map(read, eqn.inputs))
         values.update(zip(eqn.outputs, results, strict=True))
     return read(program.outputs[0])
 
 
 def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any]:
-    """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``."""
+    """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``.
+
+    What is pulled has a largest entry of 1, since the model may compute in half precision.
+    """
 
     def wide(x: Any) -> Any:
         return x.astype(spread_dtype(x.dtype))
 
     def paired(unit: Any, row: Any) -> list[Any]:
-        return [wide(a) * wide(b) for a, b in zip(pull(unit), pull(row), strict=True)]
+        largest = jnp.max(jnp.abs(row))
+        size = jnp.where(largest > 0, largest, 1)
+        pairs = zip(pull(unit), pull(row / size), strict=True)
+        return [wide(a) * wide(b) * size.astype(spread_dtype(a.dtype)) for a, b in pairs]
 
     units = jnp.eye(len(curvature), dtype=curvature.dtype)
     held = len(units) * sum(x.size for x in jax.eval_shape(pull, curvature[0]))

@@ -300,6 +300,33 @@ def test_a_model_that_computes_in_another_dtype():
     np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=0, atol=1e-6)
 
 
+HALVES = {
+    "converted": lambda z: jnp.mean(z.astype(jnp.float32) ** 2),
+    "moved first": lambda z: jnp.mean(z[:, 1:].reshape(-1).astype(jnp.float32) ** 2),
+    "a difference": lambda z: jnp.mean((z - X[:, :3].astype(z.dtype)).astype(jnp.float32) ** 2),
+    "computed in half precision": lambda z: jnp.sum(z @ z.T).astype(jnp.float32),
+    "read twice": lambda z: cross_entropy(z.astype(jnp.float32)) + jnp.sum(z * z),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("head", HALVES)
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined"])
+def test_a_model_in_half_precision_keeps_the_range_of_float32(head, dtype, curvature):
+    def diagonal(scale, dtype):
+        def loss(w):
+            with jax.numpy_dtype_promotion("standard"):
+                return scale * HALVES[head](jnp.asarray(X, dtype) @ w.astype(dtype))
+
+        return hs.hesscale(loss, curvature=curvature)(normal(1, 4, 3).astype(jnp.float32))[1]
+
+    expected = diagonal(1.0, jnp.float32)
+    for scale in (1e-10, 1e-6, 1.0, 1e6, 1e10):
+        received = diagonal(scale, dtype) / scale
+        error = jnp.abs(received - expected).max() / jnp.abs(expected).max()
+        assert error < (2e-3 if dtype == jnp.float16 else 2e-2), (scale, error)
+
+
 def test_penalties_and_several_outputs():
     """A policy, a value and a penalty; what is shared is summed before it is squared."""
     params = {"in": normal(1, 4, 5), "policy": normal(2, 5, 3), "value": normal(3, 5)}
