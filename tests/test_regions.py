@@ -330,6 +330,31 @@ def test_the_gradient_is_not_sampled():
     jax.tree.map(np.testing.assert_allclose, grad, jax.grad(loss)(PARAMS))
 
 
+@pytest.mark.parametrize("cast", ["outside", "inside"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_estimates_keep_the_range_of_float32_in_a_model_in_float16(cast, samples):
+    x, w = X.astype(jnp.float16), PARAMS["in"].astype(jnp.float32)
+
+    def layer(w):
+        return jnp.tanh(x @ w)
+
+    def scaled(scale):
+        def loss(w):
+            if cast == "inside":
+                region = hs.sampled(lambda w: layer(w.astype(x.dtype)), samples=samples)
+                y = region(w)
+            else:
+                y = hs.sampled(layer, samples=samples)(w.astype(x.dtype))
+            return scale * jnp.sum(jnp.sum(y.astype(jnp.float32), 1) ** 2)
+
+        return hs.hesscale(loss, curvature="gauss_newton")(w)[1] / scale
+
+    expected = scaled(1.0)
+    assert jnp.abs(expected).min() > 0
+    for scale in (1e-9, 1e-6, 1e6):
+        np.testing.assert_allclose(scaled(scale), expected, rtol=1e-5)  # in float32
+
+
 # What is reported
 
 

@@ -138,7 +138,7 @@ def run(eqn: Equation, *operands: Any) -> list[Any]:
 def run_widely(eqn: Equation, *operands: Any) -> list[Any]:
     """What the equation computes, in float32 in place of half precision.
 
-    What holds a program of its own, a loop or a function with its own derivative, computes as it is.
+    What holds a program, a loop or a function with its own derivative, computes as it is.
     """
     changes = {k: np.dtype(np.float32) for k, p in eqn.params.items() if is_half(p)}
     holds = any(core.jaxprs_in_params(eqn.params))

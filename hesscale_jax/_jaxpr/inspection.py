@@ -16,6 +16,7 @@ __all__ = [
     "has_own_types",
     "holds_callback",
     "holds_custom_vjp",
+    "holds_float16",
     "holds_name",
     "inner_equations",
     "same_parameter",
@@ -45,6 +46,12 @@ def holds_name(name: str, params: dict[str, Any]) -> bool:
         eqn.primitive.name == "name" and eqn.params["name"] == name
         for eqn in inner_equations(params)
     )
+
+
+def holds_float16(params: dict[str, Any]) -> bool:
+    """Whether anything is computed in float16 within the jaxprs of an equation."""
+    values = (v.aval for eqn in inner_equations(params) for v in (*eqn.invars, *eqn.outvars))
+    return any(getattr(aval, "dtype", None) == np.float16 for aval in values)
 
 
 def inner_equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:

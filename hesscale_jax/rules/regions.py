@@ -18,6 +18,7 @@ from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.regions import REGION, Exact
+from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
 from hesscale_jax.rules.table import ByEquation, ComplexValues, Find
@@ -111,6 +112,7 @@ def _by_rows(fun: Function, xs: Sequence[Any], ys: Sequence[Any], spreads: Seque
 def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx + f''[z, z*vx], vy = (J z) * (J (z*vx))``, averaged over random signs ``z``."""
     how, push = eqn.params["how"], _push(eqn)
+    of_float16 = _jaxpr.holds_float16(eqn.params)
     looped = any(caller.primitive.name == "scan" for caller in eqn.sources[1:])
     if looped and not how.keyed:
         raise ValueError(
@@ -120,6 +122,9 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
         )
 
     def given(key: Any, fun: Function, xs: Sequence[Any], spreads: Sequence[Any]) -> Given:
+        if of_float16:
+            xs = list(map(widened, xs))
+
         def estimate(key: Any) -> Given:
             """What one array of signs gives."""
             keys = jax.random.split(key, len(xs))
@@ -136,7 +141,14 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
     key = jax.random.key(how.seed, impl="threefry2x32")
     for number in recurse.place:
         key = jax.random.fold_in(key, number)
-    return _moments(eqn, operands, recurse, given, key)
+    return _moments(eqn, operands, recurse, given, key, _widely if of_float16 else REGION.bind)
+
+
+def _widely(*operands: Any, jaxpr: Any, **params: Any) -> list[Any]:
+    """What a region computes, in float32: its estimates lie beyond the range of float16."""
+    program = _jaxpr.flatten(jaxpr, apart=False)
+    given = operands[: len(program.inputs)]  # without the key
+    return _jaxpr.evaluate(program, given, program.outputs, _jaxpr.run_widely)
 
 
 def _moments(
@@ -145,8 +157,12 @@ def _moments(
     recurse: Any,
     given: Callable[..., Given],
     key: Any,
+    run: Callable[..., list[Any]] = REGION.bind,
 ) -> list[Moments]:
-    """The shifts pushed through, and what the spreads ``given`` to each example come to."""
+    """The shifts pushed through, and what the spreads ``given`` to each example come to.
+
+    The derivatives are those of the region as it is ``run``.
+    """
     primals = [x.primal for x in operands]
     results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
     shifts = push(eqn, primals, [x.shift for x in operands])
@@ -162,7 +178,7 @@ def _moments(
         def fun(*moved: Any) -> list[Any]:
             for i, x in zip(moving, moved, strict=True):
                 xs[i] = x
-            found = REGION.bind(*xs, **eqn.params | {"layers": ()})
+            found = run(*xs, **eqn.params | {"layers": ()})
             return [found[k] for k in carried]
 
         if getattr(eqn.params["how"], "keyed", False):
