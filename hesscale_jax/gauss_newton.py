@@ -203,7 +203,9 @@ class _Outputs:
     def _raise(self, count: int) -> NoReturn:
         mixed = self.examples.mixed
         whose = "one example's"
-        if mixed is not None:
+        if not set(self._model.inputs).isdisjoint(self._model.outputs):
+            whose = "parameters that the loss's head reads as they are"
+        elif mixed is not None:
             whose = f"all examples', which {_jaxpr.label(mixed)!r} mixes ({_jaxpr.location(mixed)})"
         raise ValueError(
             "the exact Gauss-Newton diagonal takes a backward pass for each output of the model: "

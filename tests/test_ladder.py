@@ -396,6 +396,21 @@ def test_transformations_of_it():
         np.testing.assert_allclose(2 * x[0], x[1], rtol=1e-12)
 
 
+HEADS_OF_PARAMETERS = {
+    "a power": lambda w: jnp.sum(w**3),
+    "a product": lambda w: jnp.prod(w) + jnp.sum(jnp.cosh(w)),
+    "a region": hs.exact(lambda w: jnp.sum(jnp.tanh(X @ w) ** 2)),
+}
+
+
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined"])
+@pytest.mark.parametrize("name", HEADS_OF_PARAMETERS)
+def test_a_head_may_read_parameters_as_they_are(name, curvature):
+    fun, w = HEADS_OF_PARAMETERS[name], normal(1, 4, 3)
+    received = diagonal(fun, w, curvature)
+    np.testing.assert_allclose(received, exact_diagonal(fun, w), rtol=1e-10, atol=1e-12)
+
+
 def test_errors_say_what_to_do(monkeypatch):
     model, params, head, _ = MODELS["MLP, tanh"]
     exact = {"curvature": "exact_gauss_newton"}
@@ -417,6 +432,8 @@ def test_errors_say_what_to_do(monkeypatch):
         hs.hesscale(in_a_loop, **exact)(params)
     monkeypatch.setattr("hesscale_jax.gauss_newton.MAX_OUTPUTS", 3)
     hs.hesscale(lambda p: head(model(p)), **exact)(params)
+    with pytest.raises(ValueError, match="12, more than 3; they are parameters that the loss's"):
+        hs.hesscale(lambda w: jnp.sum(w**3), **exact)(normal(1, 4, 3))
     normalised, params, head, _ = MODELS["batch normalisation"]
     with pytest.raises(ValueError, match=r"18, more than 3; .*'sub' mixes .*test_ladder.py"):
         hs.hesscale(lambda p: head(normalised(p)), **exact)(params)
