@@ -66,8 +66,8 @@ def exact(fun: Callable[..., Any], *, max_entries: int = MAX_ENTRIES) -> Callabl
 
     Args:
       fun: A function of pytrees of arrays to a pytree of arrays, that ``jax.grad`` differentiates
-        twice. Parameters it closes over are arguments like the others. It has no effects and no
-        collectives.
+        twice; three times if it holds a ``custom_vjp`` and returns more than one number. Parameters
+        it closes over are arguments like the others. It has no effects and no collectives.
       max_entries: The largest Jacobian that is written out, in numbers; for each example.
 
     Returns:

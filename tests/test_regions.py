@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_solve
 from jax.sharding import AxisType, PartitionSpec
@@ -207,15 +208,46 @@ def cubed(x):
 cubed.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
 
 
+@jax.custom_vjp
+def same(x):
+    return x
+
+
+same.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def fourth(x):
+    return x**4
+
+
+# Its backward pass is of functions without a forward derivative.
+fourth.defvjp(lambda x: (x**4, x), lambda x, g: (4 * cubed(x) * same(g),))
+
+
 def test_functions_without_a_forward_derivative():
     def of(cube, region=lambda f: f):
         step = region(lambda w: jnp.tanh(jnp.sum(cube(jnp.outer(w, w)), 0)))
         return lambda w: jnp.sum(step(w) * jnp.arange(3.0))
 
     w = X[0]
-    expected = exact_diagonal(of(lambda x: x**3), w)
-    received = diagonal(of(cubed, hs.exact), w)
-    np.testing.assert_allclose(received, expected, rtol=1e-10)
+    for custom, plain in ((cubed, lambda x: x**3), (fourth, lambda x: x**4)):
+        received = diagonal(of(custom, hs.exact), w)
+        np.testing.assert_allclose(received, exact_diagonal(of(plain), w), rtol=1e-10)
+        received, expected = (diagonal(of(f, hs.sampled), w) for f in (custom, plain))
+        np.testing.assert_allclose(received, expected, rtol=1e-10)
+
+
+def test_a_differential_equation_which_jax_differentiates_twice():
+    def loss(d):
+        times = jnp.linspace(0.0, 1.0, 3)
+        return jnp.sum(odeint(lambda y, t, d: jnp.sin(y * d), jnp.ones(3), times, d)[-1] ** 2)
+
+    d = jnp.array([0.3, -0.5, 0.8])
+    expected = jnp.diagonal(jax.jacrev(jax.grad(loss))(d))
+    for region in (hs.exact, hs.sampled):  # Without mixed derivatives, signs do not matter.
+        received = diagonal(region(loss), d)
+        np.testing.assert_allclose(received, expected, rtol=1e-6)  # of the solver
 
 
 def test_gauss_newton_takes_it_as_of_the_model():
