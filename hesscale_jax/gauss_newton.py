@@ -101,11 +101,12 @@ def gauss_newton(
 
 def _check(program: Program, steps: Plan, head: LossHead, rule: Any) -> None:
     """Raise where the head starts within an equation, or an effect would take place twice."""
-    if _jaxpr.has_effects(program):
+    if _jaxpr.has_effects(program, collectives=False):
         raise ValueError(
             "the loss has effects (prints, mutable arrays, callbacks), which the exact "
             "Gauss-Newton diagonal would repeat. Take them out, or use curvature='gauss_newton'."
         )
+    _check_devices(program, steps, head)
     for eqn in steps.rules:
         inside = eqn in head.equations and head.is_entry(eqn)
         for body in eqn.bodies if eqn not in head.equations else ():
@@ -118,9 +119,24 @@ def _check(program: Program, steps: Plan, head: LossHead, rule: Any) -> None:
                 f"the model's outputs are inside of {_jaxpr.label(eqn)!r} (used at "
                 f"{_jaxpr.location(eqn)}), where the exact Gauss-Newton diagonal would need the "
                 "loss's Hessian in them. Let it return the outputs, and compute the loss of them "
-                "behind it; or name them there: "
-                "jax.ad_checkpoint.checkpoint_name(y, 'model_output')."
+                "behind it; or use curvature='gauss_newton'."
             )
+
+
+def _check_devices(program: Program, steps: Plan, head: LossHead) -> None:
+    """Raise where outputs are of several devices, unless the loss is affine in what it takes."""
+    values = [*program.inputs, *(v for eqn in steps.rules for v in eqn.outputs)]
+    found = ["values vary by device"] if any(map(_jaxpr.varies, values)) else []
+    for eqn in steps.rules:
+        several = _jaxpr.is_collective(eqn) or eqn.name == "shard_map"
+        if several and eqn not in head.tail:
+            found.append(f"{_jaxpr.label(eqn)!r}, used at {_jaxpr.location(eqn)}")
+    if found:
+        raise ValueError(
+            f"the exact Gauss-Newton diagonal is of one device's examples ({found[-1]}). Put it "
+            "inside of jax.shard_map(..., check_vma=False), its loss that of the device or the "
+            "pmean of that, and average the diagonals by pmean; or use curvature='gauss_newton'."
+        )
 
 
 def _is_penalty(part: Part, head: LossHead) -> bool:
@@ -170,6 +186,7 @@ class _Outputs:
     ) -> None:
         self._program = program
         self._part = part
+        self._check_sharding()
         self._tail = [eqn for eqn in steps.rules if eqn in head.tail]
         traced = _jaxpr.trace(
             lambda *inputs: _jaxpr.evaluate(program, inputs, part.outputs),
@@ -214,6 +231,15 @@ class _Outputs:
             "examples do not depend on one another, write that step so that they have an axis of "
             "their own throughout."
         )
+
+    def _check_sharding(self) -> None:
+        """Raise if the type of an output says where it lies, as on a mesh of ``Explicit`` axes."""
+        if any(axis is not None for v in self._part.outputs for axis in v.aval.sharding.spec):
+            raise ValueError(
+                "the exact Gauss-Newton diagonal takes the model's outputs apart, which are "
+                "sharded over a mesh with AxisType.Explicit. Use AxisType.Auto, where the compiler "
+                "chooses, or curvature='gauss_newton'."
+            )
 
     def diagonal(self, values: Mapping[Value, Any], inputs: Sequence[Any]) -> list[Any]:
         """The diagonal of ``J^T H J`` for each input of the program."""

@@ -428,7 +428,7 @@ def test_errors_say_what_to_do(monkeypatch):
     def in_a_loop(p):
         return jnp.sum(lax.map(lambda x: jnp.sum((x @ p[0][0]) ** 2), X))
 
-    with pytest.raises(ValueError, match=r"inside of 'scan'.*checkpoint_name"):
+    with pytest.raises(ValueError, match=r"inside of 'scan'.*behind it; or use curvature"):
         hs.hesscale(in_a_loop, **exact)(params)
     monkeypatch.setattr("hesscale_jax.gauss_newton.MAX_OUTPUTS", 3)
     hs.hesscale(lambda p: head(model(p)), **exact)(params)

@@ -26,7 +26,7 @@ from hesscale_jax._jaxpr.binding import (
     with_constants,
     without_state,
 )
-from hesscale_jax._jaxpr.bodies import body, has_effects
+from hesscale_jax._jaxpr.bodies import body, has_effects, is_collective
 from hesscale_jax._jaxpr.custom_rules import along, moved_results
 from hesscale_jax._jaxpr.flattening import flatten, pure
 from hesscale_jax._jaxpr.inspection import (
@@ -37,6 +37,7 @@ from hesscale_jax._jaxpr.inspection import (
     holds_float16,
     holds_name,
     transform,
+    varies,
     zero_outputs,
 )
 from hesscale_jax._jaxpr.program import (
@@ -94,6 +95,7 @@ __all__ = [
     "holds_custom_vjp",
     "holds_float16",
     "holds_name",
+    "is_collective",
     "is_inexact",
     "is_on_cpu",
     "is_on_one_cpu",
@@ -119,6 +121,7 @@ __all__ = [
     "transform",
     "user_frame",
     "uses_state",
+    "varies",
     "with_constants",
     "without_state",
     "zero_outputs",

@@ -22,6 +22,7 @@ __all__ = [
     "same_parameter",
     "structure",
     "transform",
+    "varies",
     "zero_outputs",
 ]
 
@@ -60,6 +61,12 @@ def inner_equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:
         for eqn in jaxpr.eqns:
             yield eqn
             yield from inner_equations(eqn.params)
+
+
+def varies(value: Value) -> bool:
+    """Whether a value's type says that it differs over the devices of a ``shard_map``."""
+    axes = getattr(value.aval, "manual_axis_type", None)
+    return axes is not None and bool(axes.varying)
 
 
 def complex_primitive(eqn: Equation) -> str | None:

@@ -202,8 +202,11 @@ def _over_examples(
     """The same for a batch; each example has a key of its own."""
 
     def batch(key: Any, *arrays: Any) -> Given:
-        (count, *_) = (x.shape[i] for x, i in zip(arrays, axes, strict=True) if i is not None)
-        keys = None if key is None else jax.random.split(key, count)
+        mapped = [(jax.typeof(x), i) for x, i in zip(arrays, axes, strict=True) if i is not None]
+        (aval, axis), *_ = mapped
+        keys = None if key is None else jax.random.split(key, aval.shape[axis])
+        if keys is not None and (along := aval.sharding.spec[axis]) is not None:
+            keys = jax.sharding.reshard(keys, jax.sharding.PartitionSpec(along))
         return jax.vmap(example, (0, *axes))(keys, *arrays)
 
     return batch
