@@ -201,7 +201,6 @@ def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], **params: A
     return jax.jvp(along, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-_jaxpr.hide_frames(__file__)
 REGION.def_impl(_run)
 REGION.def_abstract_eval(
     lambda *avals, **params: _jaxpr.trace(functools.partial(_run, **params), *avals).out_avals

@@ -438,6 +438,14 @@ def test_errors_say_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"18, more than 3; .*'sub' mixes .*test_ladder.py"):
         hs.hesscale(lambda p: head(normalised(p)), **exact)(params)
 
+    def of_jax(p):
+        h = X @ p[0]
+        return head((h / jnp.sqrt(h.var(0))) @ p[1])
+
+    of_jax(params)  # JAX traces its variance once, and remembers no line of it.
+    with pytest.raises(ValueError, match=r" mixes \(\S*test_ladder.py:\d+ .*of_jax\)"):
+        hs.hesscale(of_jax, **exact)(params)
+
 
 @pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined", "gauss_newton"])
 def test_a_jaxlib_that_adds_up_wrongly_is_warned_of(curvature, monkeypatch):

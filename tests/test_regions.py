@@ -408,6 +408,17 @@ def test_errors_say_what_to_do():
         hs.hesscale(named, curvature="gauss_newton")(PARAMS)
 
 
+def test_a_whole_loss_is_shown_at_its_own_line():
+    report = str(hs.explain(hs.exact(loss))(PARAMS))
+    assert "test_regions.py" in report
+    assert "transform.py" not in report
+    with pytest.raises(ValueError, match=r"used at \S*test_regions.py:\d+ \(hidden\)"):
+        hs.hesscale(hs.exact(loss, max_entries=5))(PARAMS)
+    norm = jax.custom_vjp(lambda x: jnp.sum(x**2))
+    norm.defvjp(lambda x: (jnp.sum(x**2), x), lambda x, g: (2 * g * x,))
+    assert "test_regions.py" in str(hs.explain(norm)(X))
+
+
 def test_explain_names_it_and_points_to_it():
     step, *_ = hs.explain(hs.exact(loss))(PARAMS).steps
     assert (step.rule, step.primitives) == ("exact", ("region[loss]",))

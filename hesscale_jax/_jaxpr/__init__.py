@@ -59,7 +59,6 @@ from hesscale_jax._jaxpr.sizes import dimension, number, size, sizes
 from hesscale_jax._jaxpr.sources import (
     INSTALLED,
     context,
-    hide_frames,
     label,
     library_frame,
     location,
@@ -90,7 +89,6 @@ __all__ = [
     "flatten",
     "has_effects",
     "has_own_types",
-    "hide_frames",
     "holds_callback",
     "holds_custom_vjp",
     "holds_float16",
