@@ -387,6 +387,32 @@ def test_estimates_keep_the_range_of_float32_in_a_model_in_float16(cast, samples
         np.testing.assert_allclose(scaled(scale), expected, rtol=1e-5)  # in float32
 
 
+def test_decorators_with_arguments():
+    @hs.exact(max_entries=42)
+    def exact(params):
+        return loss(params)
+
+    @hs.sampled(samples=2, seed=1)
+    def sampled(params):
+        return loss(params)
+
+    assert exact.__name__ == "exact"
+    np.testing.assert_array_equal(diagonal(exact, PARAMS), diagonal(hs.exact(loss), PARAMS))
+    expected = diagonal(hs.sampled(loss, samples=2, seed=1), PARAMS)
+    np.testing.assert_array_equal(diagonal(sampled, PARAMS), expected)
+    with pytest.raises(ValueError, match="more than 41"):
+        hs.hesscale(hs.exact(max_entries=41)(loss))(PARAMS)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_both_kinds_and_traced(make):
+    def of(key):
+        return hs.hesscale(hs.sampled(loss, key=key))(PARAMS)[1]["in"]
+
+    np.testing.assert_allclose(jax.jit(of)(make(1)), of(make(1)), rtol=1e-12)
+    assert not np.allclose(of(make(1)), of(make(2)))
+
+
 # What is reported
 
 
@@ -399,6 +425,16 @@ def test_errors_say_what_to_do():
         jax.vmap(hs.exact(lambda x: lax.psum(x, "examples")), axis_name="examples")(X)
     with pytest.raises(ValueError, match="samples must be 1 or more"):
         hs.sampled(loss, samples=0)
+    for mistake in (
+        lambda: hs.exact(loss, max_entries=None),
+        lambda: hs.sampled(loss, samples=2.0),
+        lambda: hs.sampled(loss, seed=jax.random.key(0)),
+    ):
+        with pytest.raises(TypeError, match="must be an integer, got "):
+            mistake()
+    for key in (0, jax.random.split(KEYS[0]), jnp.ones(2)):
+        with pytest.raises(TypeError, match=r"key must be one key, as jax\.random\.key\(0\)"):
+            hs.sampled(loss, key=key)
     fourier = hs.exact(jnp.fft.fft)
     with pytest.raises(NotImplementedError, match="complex results"):
         hs.hesscale(lambda x: jnp.sum(jnp.abs(fourier(x))))(X)
