@@ -22,9 +22,12 @@ __all__ = ["Examples", "Mixed"]
 
 
 class Mixed(Exception):
-    """An equation does not compute each example by itself, as far as is known."""
+    """An equation does not compute each example by itself, as far as is known.
 
-    def __init__(self, eqn: Equation) -> None:
+    Without an equation: an output is a parameter.
+    """
+
+    def __init__(self, eqn: Equation | None) -> None:
         super().__init__(eqn)
         self.eqn = eqn
 
@@ -60,7 +63,7 @@ class Examples:
         self.read: dict[Equation, list[Along | None]] = {}
         self._equations = [eqn for eqn in program.equations if eqn in steps.rules]
         for v in program.outputs if count > 1 else ():
-            self._demand(v, Along(0, v.shape[0] // count), self._equations[-1])
+            self._demand(v, Along(0, v.shape[0] // count), None)
         for eqn in reversed(self._equations) if count > 1 else ():
             self._back(eqn)
 
@@ -82,7 +85,7 @@ class Examples:
         for v in eqn.outputs:
             self.at.setdefault(v, at)
 
-    def _demand(self, value: Value, at: Along | None, eqn: Equation) -> None:
+    def _demand(self, value: Value, at: Along | None, eqn: Equation | None) -> None:
         own = at is not None and value in self.program.inputs
         if own or self.at.setdefault(value, at) != at:
             raise Mixed(eqn)

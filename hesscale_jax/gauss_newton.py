@@ -101,11 +101,12 @@ def gauss_newton(
 
 def _check(program: Program, steps: Plan, head: LossHead, rule: Any) -> None:
     """Raise where the head starts within an equation, or an effect would take place twice."""
-    if _jaxpr.has_effects(program):
+    if _jaxpr.has_effects(program, collectives=False):
         raise ValueError(
             "the loss has effects (prints, mutable arrays, callbacks), which the exact "
             "Gauss-Newton diagonal would repeat. Take them out, or use curvature='gauss_newton'."
         )
+    _check_devices(program, steps, head)
     for eqn in steps.rules:
         inside = eqn in head.equations and head.is_entry(eqn)
         for body in eqn.bodies if eqn not in head.equations else ():
@@ -118,9 +119,24 @@ def _check(program: Program, steps: Plan, head: LossHead, rule: Any) -> None:
                 f"the model's outputs are inside of {_jaxpr.label(eqn)!r} (used at "
                 f"{_jaxpr.location(eqn)}), where the exact Gauss-Newton diagonal would need the "
                 "loss's Hessian in them. Let it return the outputs, and compute the loss of them "
-                "behind it; or name them there: "
-                "jax.ad_checkpoint.checkpoint_name(y, 'model_output')."
+                "behind it; or use curvature='gauss_newton'."
             )
+
+
+def _check_devices(program: Program, steps: Plan, head: LossHead) -> None:
+    """Raise where outputs are of several devices, unless the loss is affine in what it takes."""
+    values = [*program.inputs, *(v for eqn in steps.rules for v in eqn.outputs)]
+    found = ["values vary by device"] if any(map(_jaxpr.varies, values)) else []
+    for eqn in steps.rules:
+        several = _jaxpr.is_collective(eqn) or eqn.name == "shard_map"
+        if several and eqn not in head.tail:
+            found.append(f"{_jaxpr.label(eqn)!r}, used at {_jaxpr.location(eqn)}")
+    if found:
+        raise ValueError(
+            f"the exact Gauss-Newton diagonal is of one device's examples ({found[-1]}). Put it "
+            "inside of jax.shard_map(..., check_vma=False), its loss that of the device or the "
+            "pmean of that, and average the diagonals by pmean; or use curvature='gauss_newton'."
+        )
 
 
 def _is_penalty(part: Part, head: LossHead) -> bool:
@@ -170,6 +186,7 @@ class _Outputs:
     ) -> None:
         self._program = program
         self._part = part
+        self._check_sharding()
         self._tail = [eqn for eqn in steps.rules if eqn in head.tail]
         traced = _jaxpr.trace(
             lambda *inputs: _jaxpr.evaluate(program, inputs, part.outputs),
@@ -203,7 +220,9 @@ class _Outputs:
     def _raise(self, count: int) -> NoReturn:
         mixed = self.examples.mixed
         whose = "one example's"
-        if mixed is not None:
+        if not set(self._model.inputs).isdisjoint(self._model.outputs):
+            whose = "parameters that the loss's head reads as they are"
+        elif mixed is not None:
             whose = f"all examples', which {_jaxpr.label(mixed)!r} mixes ({_jaxpr.location(mixed)})"
         raise ValueError(
             "the exact Gauss-Newton diagonal takes a backward pass for each output of the model: "
@@ -213,6 +232,15 @@ class _Outputs:
             "their own throughout."
         )
 
+    def _check_sharding(self) -> None:
+        """Raise if the type of an output says where it lies, as on a mesh of ``Explicit`` axes."""
+        if any(axis is not None for v in self._part.outputs for axis in v.aval.sharding.spec):
+            raise ValueError(
+                "the exact Gauss-Newton diagonal takes the model's outputs apart, which are "
+                "sharded over a mesh with AxisType.Explicit. Use AxisType.Auto, where the compiler "
+                "chooses, or curvature='gauss_newton'."
+            )
+
     def diagonal(self, values: Mapping[Value, Any], inputs: Sequence[Any]) -> list[Any]:
         """The diagonal of ``J^T H J`` for each input of the program."""
         curvatures = self._curvatures(values)
@@ -221,7 +249,8 @@ class _Outputs:
 
         def of_example(arrays: Any, curvature: Any) -> list[Any]:
             def outputs(*tangents: Any) -> Any:
-                return jnp.concatenate([x.ravel() for x in linear.pushed(arrays, tangents)])
+                pushed = linear.pushed(arrays, tangents)
+                return jnp.concatenate([x.ravel().astype(curvature.dtype) for x in pushed])
 
             return _quadratic(jax.linear_transpose(outputs, *zeros), curvature)
 
@@ -242,11 +271,14 @@ class _Outputs:
         return lax.scan(add, start, groups)[0]
 
     def _curvatures(self, values: Mapping[Value, Any]) -> Any:
-        """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``."""
+        """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``.
+
+        The head is run in float32 at least: a second derivative may lie beyond half precision.
+        """
         count = self.examples.count
         outputs = [values[v] for v in self._part.outputs]
         sizes = [x.size // count for x in outputs]
-        dtype = jnp.result_type(*outputs)
+        dtype = spread_dtype(*(x.dtype for x in outputs))
 
         def loss(flat: Any) -> Any:
             """The loss of outputs side by side, of each example in a row."""
@@ -254,7 +286,7 @@ class _Outputs:
             parts = jnp.split(flat, ends, axis=1)
             replaced = dict(values)
             for v, x, part in zip(self._part.outputs, outputs, parts, strict=True):
-                replaced[v] = part.reshape(x.shape).astype(x.dtype)
+                replaced[v] = part.reshape(x.shape).astype(spread_dtype(x.dtype))
             return _rerun(self._program, [*self._part.equations, *self._tail], replaced)
 
         flat = jnp.concatenate([x.reshape(count, -1).astype(dtype) for x in outputs], axis=1)
@@ -268,26 +300,32 @@ class _Outputs:
 
 
 def _rerun(program: Program, equations: Iterable[Equation], values: dict[Value, Any]) -> Any:
-    """The loss with some of the equations run again on other values."""
+    """The loss with some of the equations run again, in float32 at least, on other values."""
 
     def read(atom: Any) -> Any:
         return atom.value if isinstance(atom, Constant) else values[atom]
 
     for eqn in sorted(equations, key=program.equations.index):
         with _jaxpr.context(eqn):
-            results = _jaxpr.listed(_jaxpr.bind(eqn, *map(read, eqn.inputs)), eqn)
+            results = _jaxpr.run_widely(eqn, *map(read, eqn.inputs))
         values.update(zip(eqn.outputs, results, strict=True))
     return read(program.outputs[0])
 
 
 def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any]:
-    """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``."""
+    """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``.
+
+    What is pulled has a largest entry of 1, since the model may compute in half precision.
+    """
 
     def wide(x: Any) -> Any:
         return x.astype(spread_dtype(x.dtype))
 
     def paired(unit: Any, row: Any) -> list[Any]:
-        return [wide(a) * wide(b) for a, b in zip(pull(unit), pull(row), strict=True)]
+        largest = jnp.max(jnp.abs(row))
+        size = jnp.where(largest > 0, largest, 1)
+        pairs = zip(pull(unit), pull(row / size), strict=True)
+        return [wide(a) * wide(b) * size.astype(spread_dtype(a.dtype)) for a, b in pairs]
 
     units = jnp.eye(len(curvature), dtype=curvature.dtype)
     held = len(units) * sum(x.size for x in jax.eval_shape(pull, curvature[0]))

@@ -6,11 +6,13 @@ nothing asks for a diagonal, a region is the function itself.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -41,7 +43,9 @@ class Sampled:
     keyed: bool
 
 
-def exact(fun: Callable[..., Any], *, max_entries: int = MAX_ENTRIES) -> Callable[..., Any]:
+def exact(
+    fun: Callable[..., Any] | None = None, *, max_entries: int = MAX_ENTRIES
+) -> Callable[..., Any]:
     r"""A function whose own curvature is exact: a decorator like ``jax.checkpoint``.
 
     What ``fun`` computes, matrix functions, attention or a whole loss, is one step of the
@@ -66,8 +70,9 @@ def exact(fun: Callable[..., Any], *, max_entries: int = MAX_ENTRIES) -> Callabl
 
     Args:
       fun: A function of pytrees of arrays to a pytree of arrays, that ``jax.grad`` differentiates
-        twice. Parameters it closes over are arguments like the others. It has no effects and no
-        collectives.
+        twice; three times if it holds a ``custom_vjp`` and returns more than one number. Parameters
+        it closes over are arguments like the others. It has no effects and no collectives.
+        Without it, the result is a decorator: ``@hs.exact(max_entries=2**22)``.
       max_entries: The largest Jacobian that is written out, in numbers; for each example.
 
     Returns:
@@ -75,7 +80,8 @@ def exact(fun: Callable[..., Any], *, max_entries: int = MAX_ENTRIES) -> Callabl
       to the model or to the loss's head as a whole.
 
     Raises:
-      TypeError: ``fun`` has an effect: a print, a mutable array, a collective.
+      TypeError: ``fun`` has an effect: a print, a mutable array, a collective; or ``max_entries``
+        is no integer.
       ValueError: While :func:`hesscale` is traced: the Jacobian has more than ``max_entries``.
 
     Examples:
@@ -88,11 +94,14 @@ def exact(fun: Callable[..., Any], *, max_entries: int = MAX_ENTRIES) -> Callabl
       >>> print(grad, hess_diag)
       [48. 27. 20.] [12.  6.  4.]
     """
+    _check_integer("max_entries", max_entries)
+    if fun is None:
+        return functools.partial(exact, max_entries=max_entries)
     return _region(fun, Exact(max_entries))
 
 
 def sampled(
-    fun: Callable[..., Any], *, samples: int = 1, seed: int = 0, key: Any = None
+    fun: Callable[..., Any] | None = None, *, samples: int = 1, seed: int = 0, key: Any = None
 ) -> Callable[..., Any]:
     r"""A function whose own curvature is estimated without bias, at the cost of a few derivatives.
 
@@ -122,7 +131,7 @@ def sampled(
       loss have other signs, and so have the examples of a batch under ``jax.vmap``.
 
     Raises:
-      TypeError: As for :func:`exact`.
+      TypeError: As for :func:`exact`; or ``samples`` or ``seed`` is no integer, or ``key`` no key.
       ValueError: ``samples`` is less than 1; or, while :func:`hesscale` is traced, the region is in
         a loop and has no ``key``.
 
@@ -135,9 +144,32 @@ def sampled(
       ...     return jnp.sum(inverse(jnp.outer(x, x) + jnp.eye(3)))
       >>> grad, hess_diag = jax.jit(hs.hesscale(loss))(jnp.ones(3), jax.random.key(0))
     """
+    _check_integer("samples", samples)
+    _check_integer("seed", seed)
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
+    if key is not None and not _is_key(key):
+        raise TypeError(
+            f"key must be one key, as jax.random.key(0) is, got {key!r}. For signs that are the "
+            "same each time, pass seed=."
+        )
+    if fun is None:
+        return functools.partial(sampled, samples=samples, seed=seed, key=key)
     return _region(fun, Sampled(samples, seed, key is not None), *(() if key is None else (key,)))
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one key: of ``jax.random.key``, or the numbers of ``jax.random.PRNGKey``."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.dtype == np.uint32 and key.ndim == 1
 
 
 def _region(fun: Callable[..., Any], how: Exact | Sampled, *more: Any) -> Callable[..., Any]:
@@ -201,7 +233,6 @@ def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], **params: A
     return jax.jvp(along, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-_jaxpr.hide_frames(__file__)
 REGION.def_impl(_run)
 REGION.def_abstract_eval(
     lambda *avals, **params: _jaxpr.trace(functools.partial(_run, **params), *avals).out_avals

@@ -356,8 +356,8 @@ class _Page:
         if not rows:
             return []
         return [
-            "Functions whose body has no derivative, taken as linear with the Jacobian of their own",
-            "backward pass:",
+            "Functions whose body has no derivative, taken as linear with the Jacobian of their",
+            "own backward pass:",
             *aligned(rows),
         ]
 

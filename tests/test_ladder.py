@@ -300,6 +300,33 @@ def test_a_model_that_computes_in_another_dtype():
     np.testing.assert_allclose(ravel_pytree(received)[0], expected, rtol=0, atol=1e-6)
 
 
+HALVES = {
+    "converted": lambda z: jnp.mean(z.astype(jnp.float32) ** 2),
+    "moved first": lambda z: jnp.mean(z[:, 1:].reshape(-1).astype(jnp.float32) ** 2),
+    "a difference": lambda z: jnp.mean((z - X[:, :3].astype(z.dtype)).astype(jnp.float32) ** 2),
+    "computed in half precision": lambda z: jnp.sum(z @ z.T).astype(jnp.float32),
+    "read twice": lambda z: cross_entropy(z.astype(jnp.float32)) + jnp.sum(z * z),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("head", HALVES)
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined"])
+def test_a_model_in_half_precision_keeps_the_range_of_float32(head, dtype, curvature):
+    def diagonal(scale, dtype):
+        def loss(w):
+            with jax.numpy_dtype_promotion("standard"):
+                return scale * HALVES[head](jnp.asarray(X, dtype) @ w.astype(dtype))
+
+        return hs.hesscale(loss, curvature=curvature)(normal(1, 4, 3).astype(jnp.float32))[1]
+
+    expected = diagonal(1.0, jnp.float32)
+    for scale in (1e-10, 1e-6, 1.0, 1e6, 1e10):
+        received = diagonal(scale, dtype) / scale
+        error = jnp.abs(received - expected).max() / jnp.abs(expected).max()
+        assert error < (2e-3 if dtype == jnp.float16 else 2e-2), (scale, error)
+
+
 def test_penalties_and_several_outputs():
     """A policy, a value and a penalty; what is shared is summed before it is squared."""
     params = {"in": normal(1, 4, 5), "policy": normal(2, 5, 3), "value": normal(3, 5)}
@@ -369,6 +396,21 @@ def test_transformations_of_it():
         np.testing.assert_allclose(2 * x[0], x[1], rtol=1e-12)
 
 
+HEADS_OF_PARAMETERS = {
+    "a power": lambda w: jnp.sum(w**3),
+    "a product": lambda w: jnp.prod(w) + jnp.sum(jnp.cosh(w)),
+    "a region": hs.exact(lambda w: jnp.sum(jnp.tanh(X @ w) ** 2)),
+}
+
+
+@pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined"])
+@pytest.mark.parametrize("name", HEADS_OF_PARAMETERS)
+def test_a_head_may_read_parameters_as_they_are(name, curvature):
+    fun, w = HEADS_OF_PARAMETERS[name], normal(1, 4, 3)
+    received = diagonal(fun, w, curvature)
+    np.testing.assert_allclose(received, exact_diagonal(fun, w), rtol=1e-10, atol=1e-12)
+
+
 def test_errors_say_what_to_do(monkeypatch):
     model, params, head, _ = MODELS["MLP, tanh"]
     exact = {"curvature": "exact_gauss_newton"}
@@ -386,13 +428,23 @@ def test_errors_say_what_to_do(monkeypatch):
     def in_a_loop(p):
         return jnp.sum(lax.map(lambda x: jnp.sum((x @ p[0][0]) ** 2), X))
 
-    with pytest.raises(ValueError, match=r"inside of 'scan'.*checkpoint_name"):
+    with pytest.raises(ValueError, match=r"inside of 'scan'.*behind it; or use curvature"):
         hs.hesscale(in_a_loop, **exact)(params)
     monkeypatch.setattr("hesscale_jax.gauss_newton.MAX_OUTPUTS", 3)
     hs.hesscale(lambda p: head(model(p)), **exact)(params)
+    with pytest.raises(ValueError, match="12, more than 3; they are parameters that the loss's"):
+        hs.hesscale(lambda w: jnp.sum(w**3), **exact)(normal(1, 4, 3))
     normalised, params, head, _ = MODELS["batch normalisation"]
     with pytest.raises(ValueError, match=r"18, more than 3; .*'sub' mixes .*test_ladder.py"):
         hs.hesscale(lambda p: head(normalised(p)), **exact)(params)
+
+    def of_jax(p):
+        h = X @ p[0]
+        return head((h / jnp.sqrt(h.var(0))) @ p[1])
+
+    of_jax(params)  # JAX traces its variance once, and remembers no line of it.
+    with pytest.raises(ValueError, match=r" mixes \(\S*test_ladder.py:\d+ .*of_jax\)"):
+        hs.hesscale(of_jax, **exact)(params)
 
 
 @pytest.mark.parametrize("curvature", ["exact_gauss_newton", "refined", "gauss_newton"])

@@ -100,6 +100,10 @@ MISTAKES = {
         lambda: hs.hesscale(loss, curvature="ggn"),
         (ValueError, "got 'ggn'", "'hessian', 'gauss_newton'"),
     ),
+    "another dtype of products": (
+        lambda: hs.hesscale(loss, product_dtype="foo"),
+        (ValueError, "got 'foo'", "jnp.bfloat16"),
+    ),
     "no number of the step": (
         lambda: hs.value_and_hesscale_every(10)(loss)(PARAMS, X),
         (TypeError, "got dict", "the number of the step comes first"),

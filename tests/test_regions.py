@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_solve
 from jax.sharding import AxisType, PartitionSpec
@@ -207,15 +208,46 @@ def cubed(x):
 cubed.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
 
 
+@jax.custom_vjp
+def same(x):
+    return x
+
+
+same.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def fourth(x):
+    return x**4
+
+
+# Its backward pass is of functions without a forward derivative.
+fourth.defvjp(lambda x: (x**4, x), lambda x, g: (4 * cubed(x) * same(g),))
+
+
 def test_functions_without_a_forward_derivative():
     def of(cube, region=lambda f: f):
         step = region(lambda w: jnp.tanh(jnp.sum(cube(jnp.outer(w, w)), 0)))
         return lambda w: jnp.sum(step(w) * jnp.arange(3.0))
 
     w = X[0]
-    expected = exact_diagonal(of(lambda x: x**3), w)
-    received = diagonal(of(cubed, hs.exact), w)
-    np.testing.assert_allclose(received, expected, rtol=1e-10)
+    for custom, plain in ((cubed, lambda x: x**3), (fourth, lambda x: x**4)):
+        received = diagonal(of(custom, hs.exact), w)
+        np.testing.assert_allclose(received, exact_diagonal(of(plain), w), rtol=1e-10)
+        received, expected = (diagonal(of(f, hs.sampled), w) for f in (custom, plain))
+        np.testing.assert_allclose(received, expected, rtol=1e-10)
+
+
+def test_a_differential_equation_which_jax_differentiates_twice():
+    def loss(d):
+        times = jnp.linspace(0.0, 1.0, 3)
+        return jnp.sum(odeint(lambda y, t, d: jnp.sin(y * d), jnp.ones(3), times, d)[-1] ** 2)
+
+    d = jnp.array([0.3, -0.5, 0.8])
+    expected = jnp.diagonal(jax.jacrev(jax.grad(loss))(d))
+    for region in (hs.exact, hs.sampled):  # Without mixed derivatives, signs do not matter.
+        received = diagonal(region(loss), d)
+        np.testing.assert_allclose(received, expected, rtol=1e-6)  # of the solver
 
 
 def test_gauss_newton_takes_it_as_of_the_model():
@@ -330,6 +362,57 @@ def test_the_gradient_is_not_sampled():
     jax.tree.map(np.testing.assert_allclose, grad, jax.grad(loss)(PARAMS))
 
 
+@pytest.mark.parametrize("cast", ["outside", "inside"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_estimates_keep_the_range_of_float32_in_a_model_in_float16(cast, samples):
+    x, w = X.astype(jnp.float16), PARAMS["in"].astype(jnp.float32)
+
+    def layer(w):
+        return jnp.tanh(x @ w)
+
+    def scaled(scale):
+        def loss(w):
+            if cast == "inside":
+                region = hs.sampled(lambda w: layer(w.astype(x.dtype)), samples=samples)
+                y = region(w)
+            else:
+                y = hs.sampled(layer, samples=samples)(w.astype(x.dtype))
+            return scale * jnp.sum(jnp.sum(y.astype(jnp.float32), 1) ** 2)
+
+        return hs.hesscale(loss, curvature="gauss_newton")(w)[1] / scale
+
+    expected = scaled(1.0)
+    assert jnp.abs(expected).min() > 0
+    for scale in (1e-9, 1e-6, 1e6):
+        np.testing.assert_allclose(scaled(scale), expected, rtol=1e-5)  # in float32
+
+
+def test_decorators_with_arguments():
+    @hs.exact(max_entries=42)
+    def exact(params):
+        return loss(params)
+
+    @hs.sampled(samples=2, seed=1)
+    def sampled(params):
+        return loss(params)
+
+    assert exact.__name__ == "exact"
+    np.testing.assert_array_equal(diagonal(exact, PARAMS), diagonal(hs.exact(loss), PARAMS))
+    expected = diagonal(hs.sampled(loss, samples=2, seed=1), PARAMS)
+    np.testing.assert_array_equal(diagonal(sampled, PARAMS), expected)
+    with pytest.raises(ValueError, match="more than 41"):
+        hs.hesscale(hs.exact(max_entries=41)(loss))(PARAMS)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_both_kinds_and_traced(make):
+    def of(key):
+        return hs.hesscale(hs.sampled(loss, key=key))(PARAMS)[1]["in"]
+
+    np.testing.assert_allclose(jax.jit(of)(make(1)), of(make(1)), rtol=1e-12)
+    assert not np.allclose(of(make(1)), of(make(2)))
+
+
 # What is reported
 
 
@@ -342,6 +425,16 @@ def test_errors_say_what_to_do():
         jax.vmap(hs.exact(lambda x: lax.psum(x, "examples")), axis_name="examples")(X)
     with pytest.raises(ValueError, match="samples must be 1 or more"):
         hs.sampled(loss, samples=0)
+    for mistake in (
+        lambda: hs.exact(loss, max_entries=None),
+        lambda: hs.sampled(loss, samples=2.0),
+        lambda: hs.sampled(loss, seed=jax.random.key(0)),
+    ):
+        with pytest.raises(TypeError, match="must be an integer, got "):
+            mistake()
+    for key in (0, jax.random.split(KEYS[0]), jnp.ones(2)):
+        with pytest.raises(TypeError, match=r"key must be one key, as jax\.random\.key\(0\)"):
+            hs.sampled(loss, key=key)
     fourier = hs.exact(jnp.fft.fft)
     with pytest.raises(NotImplementedError, match="complex results"):
         hs.hesscale(lambda x: jnp.sum(jnp.abs(fourier(x))))(X)
@@ -349,6 +442,17 @@ def test_errors_say_what_to_do():
     hs.hesscale(named)(PARAMS)
     with pytest.raises(ValueError, match="Name the output outside"):
         hs.hesscale(named, curvature="gauss_newton")(PARAMS)
+
+
+def test_a_whole_loss_is_shown_at_its_own_line():
+    report = str(hs.explain(hs.exact(loss))(PARAMS))
+    assert "test_regions.py" in report
+    assert "transform.py" not in report
+    with pytest.raises(ValueError, match=r"used at \S*test_regions.py:\d+ \(hidden\)"):
+        hs.hesscale(hs.exact(loss, max_entries=5))(PARAMS)
+    norm = jax.custom_vjp(lambda x: jnp.sum(x**2))
+    norm.defvjp(lambda x: (jnp.sum(x**2), x), lambda x, g: (2 * g * x,))
+    assert "test_regions.py" in str(hs.explain(norm)(X))
 
 
 def test_explain_names_it_and_points_to_it():

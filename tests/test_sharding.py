@@ -263,5 +263,62 @@ def test_collectives_over_a_mapped_axis():
     assert_close(received, on_one_device("hessian"))
 
 
+EXACT = {"curvature": "exact_gauss_newton"}
+
+
+def averaged(local, check_vma=False):
+    """The exact Gauss-Newton diagonal of each device's loss, averaged."""
+
+    def step(*args):
+        return lax.pmean(hs.value_and_hesscale(local, **EXACT)(*args), "devices")
+
+    mesh, data = mesh_of(AxisType.Auto), P("devices")
+    return jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), data, data), out_specs=P(), check_vma=check_vma
+    )
+
+
+@pytest.mark.parametrize("local", [loss, data_parallel])
+def test_exact_gauss_newton_of_each_device(local):
+    received = jax.jit(averaged(local))(PARAMS, INPUTS, LABELS)
+    assert_close(received, on_one_device(**EXACT))
+
+
+def test_exact_gauss_newton_of_sharded_arrays():
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto)):
+        args = placed(mesh, "data parallel")
+        received = jax.jit(hs.value_and_hesscale(loss, **EXACT))(*args)
+    assert_close(received, on_one_device(**EXACT))
+
+
+def test_where_exact_gauss_newton_is_not_known_an_error_says_so():
+    args, data = (PARAMS, INPUTS, LABELS), P("devices")
+    inside = jax.shard_map(
+        data_parallel, mesh=mesh_of(AxisType.Auto), in_specs=(P(), data, data), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=r"'shard_map', used at .*check_vma=False"):
+        hs.hesscale(inside, **EXACT)(*args)
+    with pytest.raises(ValueError, match=r"vary by device.*check_vma=False"):
+        jax.jit(averaged(loss, check_vma=True))(*args)
+    with pytest.raises(ValueError, match=r"'psum', used at .*test_sharding.py"):
+        jax.jit(averaged(lambda *args: jnp.sqrt(data_parallel(*args))))(*args)
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = placed(mesh, "data parallel")
+        with pytest.raises(ValueError, match=r"AxisType\.Explicit.*AxisType\.Auto"):
+            jax.jit(hs.hesscale(loss, **EXACT))(*args)
+
+
+def test_a_sampled_region_of_each_example_on_an_explicit_mesh():
+    def by_example(params, x):
+        layer = jax.vmap(hs.sampled(lambda w, x: jnp.tanh(x @ w)), (None, 0))
+        return jnp.mean(layer(params["into"], x) ** 2)
+
+    expected = hs.value_and_hesscale(by_example)(PARAMS, INPUTS)
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        params, x, _ = placed(mesh, "data parallel")
+        received = jax.jit(hs.value_and_hesscale(by_example))(params, x)
+    assert_close(received, expected)
+
+
 def on_one_device(curvature):
     return jax.jit(hs.value_and_hesscale(loss, curvature=curvature))(PARAMS, INPUTS, LABELS)

@@ -16,6 +16,7 @@ from hesscale_jax._jaxpr.binding import (
     listed,
     multiply,
     run,
+    run_widely,
     shard_mapped,
     stops_at_nans,
     sums_wrongly,
@@ -25,7 +26,7 @@ from hesscale_jax._jaxpr.binding import (
     with_constants,
     without_state,
 )
-from hesscale_jax._jaxpr.bodies import body, has_effects, passes_entrywise
+from hesscale_jax._jaxpr.bodies import body, has_effects, is_collective, passes_entrywise
 from hesscale_jax._jaxpr.custom_rules import along, moved_results
 from hesscale_jax._jaxpr.flattening import flatten, pure
 from hesscale_jax._jaxpr.inspection import (
@@ -33,8 +34,10 @@ from hesscale_jax._jaxpr.inspection import (
     has_own_types,
     holds_callback,
     holds_custom_vjp,
+    holds_float16,
     holds_name,
     transform,
+    varies,
     zero_outputs,
 )
 from hesscale_jax._jaxpr.program import (
@@ -56,7 +59,6 @@ from hesscale_jax._jaxpr.sizes import dimension, number, size, sizes
 from hesscale_jax._jaxpr.sources import (
     INSTALLED,
     context,
-    hide_frames,
     label,
     library_frame,
     location,
@@ -87,10 +89,11 @@ __all__ = [
     "flatten",
     "has_effects",
     "has_own_types",
-    "hide_frames",
     "holds_callback",
     "holds_custom_vjp",
+    "holds_float16",
     "holds_name",
+    "is_collective",
     "is_inexact",
     "is_on_cpu",
     "is_on_one_cpu",
@@ -105,6 +108,7 @@ __all__ = [
     "passes_entrywise",
     "pure",
     "run",
+    "run_widely",
     "scan_groups",
     "shard_mapped",
     "size",
@@ -116,6 +120,7 @@ __all__ = [
     "transform",
     "user_frame",
     "uses_state",
+    "varies",
     "with_constants",
     "without_state",
     "zero_outputs",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import config
@@ -15,6 +16,7 @@ from jax._src import core as jax_core
 from jax._src.interpreters import partial_eval
 from jax._src.state.types import RefEffect
 from jax.extend import core
+from jax.extend.core import primitives
 
 from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value, is_inexact
 from hesscale_jax._jaxpr.sources import context
@@ -29,6 +31,7 @@ __all__ = [
     "listed",
     "multiply",
     "run",
+    "run_widely",
     "shard_mapped",
     "stops_at_nans",
     "sums_wrongly",
@@ -43,6 +46,13 @@ __all__ = [
 def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
     """The jaxpr of ``fun`` at the shapes and dtypes of ``args``."""
     return jax.make_jaxpr(fun)(*args)
+
+
+HALF = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
+
+# JAX's own, which compute in the dtype of their operands, but for what takes these bit by bit.
+PRIMITIVES = {p for p in vars(primitives).values() if isinstance(p, core.Primitive)}
+PRIMITIVES -= {primitives.bitcast_convert_type_p}
 
 
 def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
@@ -125,6 +135,33 @@ def run(eqn: Equation, *operands: Any) -> list[Any]:
         return listed(bind(eqn, *operands), eqn)
 
 
+def run_widely(eqn: Equation, *operands: Any) -> list[Any]:
+    """What the equation computes, in float32 in place of half precision.
+
+    What holds a program, a loop or a function with its own derivative, computes as it is.
+    """
+    changes = {k: np.dtype(np.float32) for k, p in eqn.params.items() if is_half(p)}
+    holds = any(core.jaxprs_in_params(eqn.params))
+    if holds or eqn.primitive not in PRIMITIVES:
+        changes = {}
+        operands = tuple(
+            x if x.dtype == v.dtype else lax.convert_element_type(x, v.dtype)
+            for x, v in zip(operands, eqn.inputs, strict=True)
+        )
+    else:
+        operands = tuple(map(_widened, operands))
+    return list(map(_widened, listed(bind(eqn, *operands, **changes), eqn)))
+
+
+def is_half(dtype: Any) -> bool:
+    """Whether it is the dtype of half precision."""
+    return isinstance(dtype, np.dtype) and dtype in HALF
+
+
+def _widened(x: Any) -> Any:
+    return lax.convert_element_type(x, np.float32) if is_half(x.dtype) else x
+
+
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Outside of the trace of ``linear_transpose``, that splits what is known from what is linear.
@@ -139,8 +176,13 @@ def at_once() -> Iterator[None]:
         yield
 
 
-def evaluate(program: Program, operands: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
-    """What some of the values of a program are."""
+def evaluate(
+    program: Program,
+    operands: Sequence[Any],
+    wanted: Sequence[Any],
+    run: Callable[..., list[Any]] = run,
+) -> list[Any]:
+    """What some of the values of a program are, each equation as it is ``run``."""
     known = dict(zip(program.inputs, operands, strict=True))
 
     def read(atom: Value | Constant) -> Any:

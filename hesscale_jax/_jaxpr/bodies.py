@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax._src.core import NamedAxisEffect
 
 from hesscale_jax._jaxpr.binding import trace
 from hesscale_jax._jaxpr.custom_rules import derivative_jaxpr, is_own
@@ -22,17 +23,36 @@ from hesscale_jax._jaxpr.program import (
 from hesscale_jax._jaxpr.rewriting import ENTRYWISE, MOVES_ENTRIES
 from hesscale_jax._jaxpr.sources import ONE_RESULT, function_name
 
-__all__ = ["acts_entrywise", "bodies_of", "body", "has_effects", "passes_entrywise"]
+__all__ = [
+    "acts_entrywise",
+    "bodies_of",
+    "body",
+    "has_effects",
+    "is_collective",
+    "passes_entrywise",
+]
 
 
-def has_effects(program: Program) -> bool:
-    """Whether running the program, or differentiating it, does more than to compute results."""
+def has_effects(program: Program, collectives: bool = True) -> bool:
+    """Whether running the program, or differentiating it, does more than to compute results.
+
+    To JAX, so do collectives: the name of their axis is an effect.
+    """
+
+    def counted(effects: Iterable[Any]) -> bool:
+        return any(collectives or not isinstance(e, NamedAxisEffect) for e in effects)
+
     return any(
-        eqn.sources[0].effects
-        or (eqn.name in CUSTOM and derivative_jaxpr(eqn).effects)
-        or any(has_effects(body.program) for body in eqn.bodies)
+        counted(eqn.sources[0].effects)
+        or (eqn.name in CUSTOM and counted(derivative_jaxpr(eqn).effects))
+        or any(has_effects(body.program, collectives) for body in eqn.bodies)
         for eqn in program.equations
     )
+
+
+def is_collective(eqn: Equation) -> bool:
+    """Whether it, or a loop's step, takes values of other devices under ``shard_map``."""
+    return any(isinstance(effect, NamedAxisEffect) for effect in eqn.sources[0].effects)
 
 
 def body(jaxpr: Any, eqn: Equation, given: Sequence[Any] = ()) -> Body:

@@ -16,11 +16,13 @@ __all__ = [
     "has_own_types",
     "holds_callback",
     "holds_custom_vjp",
+    "holds_float16",
     "holds_name",
     "inner_equations",
     "same_parameter",
     "structure",
     "transform",
+    "varies",
     "zero_outputs",
 ]
 
@@ -47,12 +49,24 @@ def holds_name(name: str, params: dict[str, Any]) -> bool:
     )
 
 
+def holds_float16(params: dict[str, Any]) -> bool:
+    """Whether anything is computed in float16 within the jaxprs of an equation."""
+    values = (v.aval for eqn in inner_equations(params) for v in (*eqn.invars, *eqn.outvars))
+    return any(getattr(aval, "dtype", None) == np.float16 for aval in values)
+
+
 def inner_equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:
     """The equations of the jaxprs among parameters, and of those within."""
     for jaxpr in core.jaxprs_in_params(params):
         for eqn in jaxpr.eqns:
             yield eqn
             yield from inner_equations(eqn.params)
+
+
+def varies(value: Value) -> bool:
+    """Whether a value's type says that it differs over the devices of a ``shard_map``."""
+    axes = getattr(value.aval, "manual_axis_type", None)
+    return axes is not None and bool(axes.varying)
 
 
 def complex_primitive(eqn: Equation) -> str | None:

@@ -2,11 +2,13 @@
 
 import contextlib
 import itertools
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax._src import source_info_util
+from jax.extend import core
 
 from hesscale_jax._jaxpr.program import Equation
 
@@ -15,7 +17,6 @@ __all__ = [
     "ONE_RESULT",
     "context",
     "function_name",
-    "hide_frames",
     "label",
     "library_frame",
     "location",
@@ -29,14 +30,20 @@ ONE_RESULT = "result."
 # Where libraries are.
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
 
+# This library's own frames are not where the user wrote an equation.
+source_info_util.register_exclusion(os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
 
 @contextlib.contextmanager
 def context(eqn: Equation) -> Iterator[None]:
     """What is bound inside carries the user's line, name scope and settings of ``eqn``."""
     source = eqn.sources[0]
-    info = source.source_info
-    stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=stack), source.ctx.manager:
+    stack = source_info_util.current_name_stack() + source.source_info.name_stack
+    # Within a function of JAX that is traced once for all calls, no frame is the user's.
+    tracebacks = (source.source_info.traceback for source in eqn.sources)
+    known = (t for t in tracebacks if source_info_util.user_frame(t) is not None)
+    traceback = next(known, source.source_info.traceback)
+    with source_info_util.user_context(traceback, name_stack=stack), source.ctx.manager:
         yield
 
 
@@ -51,15 +58,22 @@ def location(eqn: Equation) -> str:
 def user_frame(eqn: Equation) -> Any:
     """The innermost frame outside of installed libraries, if there is one, else the innermost.
 
-    So a layer of a library is found where the user calls it. ``None`` if no frame is known.
+    So a layer of a library is found where the user calls it. A function that is the whole loss is
+    called by no line of the user's: it is found at the first line inside. ``None`` if no frame is
+    known.
     """
-    frames = [
-        frame
-        for source in eqn.sources
-        for frame in source_info_util.user_frames(source.source_info.traceback)
-    ]
+    inside = (inner for jaxpr in core.jaxprs_in_params(eqn.params) for inner in jaxpr.eqns)
+    frames = _frames(eqn.sources) or _frames(inside)
     outside = (frame for frame in frames if not frame.file_name.startswith(INSTALLED))
     return next(outside, frames[0] if frames else None)
+
+
+def _frames(sources: Iterable[Any]) -> list[Any]:
+    return [
+        frame
+        for source in sources
+        for frame in source_info_util.user_frames(source.source_info.traceback)
+    ]
 
 
 def library_frame(eqn: Equation) -> Any:
@@ -83,11 +97,6 @@ def label(eqn: Equation) -> str:
         case _:
             name = None
     return f"{eqn.name}[{name}]" if name else eqn.name
-
-
-def hide_frames(file: str) -> None:
-    """Leave the frames of a file out of where the user wrote an equation."""
-    source_info_util.register_exclusion(file)
 
 
 def function_name(eqn: Equation) -> str:

@@ -101,11 +101,13 @@ def products_in(rules: Mapping[Any, Any], dtype: Any) -> Mapping[Any, Any]:
     """The rules, with products of spreads and squares in a dtype; None leaves them as they are."""
     if dtype is None:
         return rules
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("bfloat16", "float32"):
         # float16 overflows at 65504, which squares reach, and curvatures underflow at 6e-8.
-        raise ValueError(
-            f"product_dtype must be None, jnp.bfloat16 or jnp.float32, got {jnp.dtype(dtype).name}"
-        )
+        raise ValueError(f"product_dtype must be None, jnp.bfloat16 or jnp.float32, got {name}")
     found = {p: rule for p, rule in rules.items() if isinstance(rule, Multilinear)}
     return {**rules, **dict.fromkeys(found, Multilinear(jnp.dtype(dtype)))}
 

@@ -18,6 +18,7 @@ from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Equation
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.regions import REGION, Exact
+from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
 from hesscale_jax.rules.table import ByEquation, ComplexValues, Find
@@ -28,7 +29,6 @@ __all__ = ["region"]
 CHUNK = 128
 
 Function = Callable[..., list[Any]]
-Push = Callable[[Function, Sequence[Any], Sequence[Any]], list[Any]]
 
 
 class Given(NamedTuple):
@@ -55,13 +55,13 @@ def exact(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
             )
         if not recurse.curved and rows < columns:
             return _by_rows(fun, xs, ys, spreads)
-        return _by_columns(fun, xs, spreads, _push(eqn), recurse.curved)
+        return _by_columns(fun, xs, spreads, _derivatives(eqn), recurse.curved)
 
     return _moments(eqn, operands, recurse, given, None)
 
 
 def _by_columns(
-    fun: Function, xs: Sequence[Any], spreads: Sequence[Any], push: Push, curved: bool
+    fun: Function, xs: Sequence[Any], spreads: Sequence[Any], derivatives: Any, curved: bool
 ) -> Given:
     """Along each entry of the operands: the first and the second derivative of all results."""
     starts = list(itertools.accumulate((x.size for x in xs), initial=0))
@@ -72,9 +72,8 @@ def _by_columns(
             for x, start in zip(xs, starts, strict=False)
         ]
         if not curved:
-            return push(fun, xs, unit), []
-        both = push(lambda *xs: [*push(fun, xs, unit), *fun(*xs)], xs, unit)
-        return both[len(both) // 2 :], both[: len(both) // 2]
+            return derivatives.first(fun, xs, unit), []
+        return derivatives.second(fun, xs, unit, unit)
 
     slopes, bends = lax.map(column, jnp.arange(starts[-1]), batch_size=CHUNK)
     variances = jnp.concatenate([v.ravel() for v in spreads])
@@ -110,7 +109,8 @@ def _by_rows(fun: Function, xs: Sequence[Any], ys: Sequence[Any], spreads: Seque
 
 def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx + f''[z, z*vx], vy = (J z) * (J (z*vx))``, averaged over random signs ``z``."""
-    how, push = eqn.params["how"], _push(eqn)
+    how, derivatives = eqn.params["how"], _derivatives(eqn)
+    of_float16 = _jaxpr.holds_float16(eqn.params)
     looped = any(caller.primitive.name == "scan" for caller in eqn.sources[1:])
     if looped and not how.keyed:
         raise ValueError(
@@ -120,14 +120,20 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
         )
 
     def given(key: Any, fun: Function, xs: Sequence[Any], spreads: Sequence[Any]) -> Given:
+        if of_float16:
+            xs = list(map(widened, xs))
+
         def estimate(key: Any) -> Given:
             """What one array of signs gives."""
             keys = jax.random.split(key, len(xs))
             z = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, xs, strict=True)]
             pairs = zip(z, spreads, strict=True)
             t = [lax.convert_element_type(s * v, s.dtype) for s, v in pairs]
-            slopes = zip(push(fun, xs, z), push(fun, xs, t), strict=True)
-            bends = push(lambda *xs: push(fun, xs, z), xs, t) if recurse.curved else []
+            if recurse.curved:
+                along_t, bends = derivatives.second(fun, xs, z, t)
+            else:
+                along_t, bends = derivatives.first(fun, xs, t), []
+            slopes = zip(derivatives.first(fun, xs, z), along_t, strict=True)
             return Given([a * b for a, b in slopes], bends)
 
         found = jax.vmap(estimate)(jax.random.split(key, how.samples))
@@ -136,7 +142,14 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
     key = jax.random.key(how.seed, impl="threefry2x32")
     for number in recurse.place:
         key = jax.random.fold_in(key, number)
-    return _moments(eqn, operands, recurse, given, key)
+    return _moments(eqn, operands, recurse, given, key, _widely if of_float16 else REGION.bind)
+
+
+def _widely(*operands: Any, jaxpr: Any, **params: Any) -> list[Any]:
+    """What a region computes, in float32: its estimates lie beyond the range of float16."""
+    program = _jaxpr.flatten(jaxpr, apart=False)
+    given = operands[: len(program.inputs)]  # without the key
+    return _jaxpr.evaluate(program, given, program.outputs, _jaxpr.run_widely)
 
 
 def _moments(
@@ -145,8 +158,12 @@ def _moments(
     recurse: Any,
     given: Callable[..., Given],
     key: Any,
+    run: Callable[..., list[Any]] = REGION.bind,
 ) -> list[Moments]:
-    """The shifts pushed through, and what the spreads ``given`` to each example come to."""
+    """The shifts pushed through, and what the spreads ``given`` to each example come to.
+
+    The derivatives are those of the region as it is ``run``.
+    """
     primals = [x.primal for x in operands]
     results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
     shifts = push(eqn, primals, [x.shift for x in operands])
@@ -162,7 +179,7 @@ def _moments(
         def fun(*moved: Any) -> list[Any]:
             for i, x in zip(moving, moved, strict=True):
                 xs[i] = x
-            found = REGION.bind(*xs, **eqn.params | {"layers": ()})
+            found = run(*xs, **eqn.params | {"layers": ()})
             return [found[k] for k in carried]
 
         if getattr(eqn.params["how"], "keyed", False):
@@ -185,25 +202,77 @@ def _over_examples(
     """The same for a batch; each example has a key of its own."""
 
     def batch(key: Any, *arrays: Any) -> Given:
-        (count, *_) = (x.shape[i] for x, i in zip(arrays, axes, strict=True) if i is not None)
-        keys = None if key is None else jax.random.split(key, count)
+        mapped = [(jax.typeof(x), i) for x, i in zip(arrays, axes, strict=True) if i is not None]
+        (aval, axis), *_ = mapped
+        keys = None if key is None else jax.random.split(key, aval.shape[axis])
+        if keys is not None and (along := aval.sharding.spec[axis]) is not None:
+            keys = jax.sharding.reshard(keys, jax.sharding.PartitionSpec(along))
         return jax.vmap(example, (0, *axes))(keys, *arrays)
 
     return batch
 
 
-def _push(eqn: Equation) -> Push:
-    """``J t``; where a function has no forward derivative, as the transpose of ``J^T``."""
+class _Forward:
+    """Derivatives of a function by its forward derivative."""
 
-    def forward(fun: Function, xs: Sequence[Any], ts: Sequence[Any]) -> list[Any]:
-        return jax.jvp(fun, tuple(xs), tuple(ts))[1]
+    @staticmethod
+    def first(fun: Function, xs: Sequence[Any], t: Sequence[Any]) -> list[Any]:
+        """``J t``."""
+        return jax.jvp(fun, tuple(xs), tuple(t))[1]
 
-    def reverse(fun: Function, xs: Sequence[Any], ts: Sequence[Any]) -> list[Any]:
+    @classmethod
+    def second(
+        cls, fun: Function, xs: Sequence[Any], z: Sequence[Any], t: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """``J t`` and ``f''[z, t]``."""
+        both = cls.first(lambda *xs: [*cls.first(fun, xs, z), *fun(*xs)], xs, t)
+        return both[len(both) // 2 :], both[: len(both) // 2]
+
+
+class _Reverse:
+    """The same of a function without one: what is linear in cotangents ``u`` of the results."""
+
+    @staticmethod
+    def first(fun: Function, xs: Sequence[Any], t: Sequence[Any]) -> list[Any]:
+        """``J t``, by ``(J^T u) t``."""
         ys, pull = jax.vjp(fun, *xs)
-        (pushed,) = jax.linear_transpose(pull, ys)(tuple(ts))
-        return pushed
+        return _coefficients(lambda u: _inner(pull(u), t), ys)
 
-    return reverse if _jaxpr.holds_custom_vjp(eqn.params) else forward
+    @classmethod
+    def second(
+        cls, fun: Function, xs: Sequence[Any], z: Sequence[Any], t: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """``J t``, and ``f''[z, t]`` by ``d((J^T u) z)/dx t``."""
+
+        def bent(u: list[Any]) -> Any:
+            def along_z(xs: Sequence[Any]) -> Any:
+                return _inner(jax.vjp(fun, *xs)[1](u), z)
+
+            return _inner(jax.grad(along_z)(tuple(xs)), t)
+
+        return cls.first(fun, xs, t), _coefficients(bent, jax.eval_shape(fun, *xs))
+
+
+def _coefficients(linear: Callable[[list[Any]], Any], ys: Sequence[Any]) -> list[Any]:
+    """Of a linear function of arrays like ``ys``: its gradient.
+
+    Of one number it is the value at 1, which does not differentiate through what is a derivative
+    already: ``jax.experimental.ode.odeint`` allows two.
+    """
+    if _size(ys) == len(ys) == 1:
+        (y,) = ys
+        value = linear([jnp.ones(y.shape, y.dtype)])
+        return [jnp.reshape(value, y.shape).astype(y.dtype)]
+    return jax.grad(linear)([jnp.zeros(y.shape, y.dtype) for y in ys])
+
+
+def _inner(a: Sequence[Any], b: Sequence[Any]) -> Any:
+    dtype = spread_dtype(*(x.dtype for x in a))
+    return sum(jnp.vdot(x, y).astype(dtype) for x, y in zip(a, b, strict=True))
+
+
+def _derivatives(eqn: Equation) -> Any:
+    return _Reverse if _jaxpr.holds_custom_vjp(eqn.params) else _Forward
 
 
 def _size(values: Sequence[Any]) -> int:
