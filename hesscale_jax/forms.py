@@ -101,6 +101,7 @@ class Factor:
       reads: The program's values and constants that it is computed from, but for what is known.
       compute: The array, from a function that gives the primals of those values.
       static: The array, if it is known.
+      base: What it is a reshape of, if it is one.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -108,6 +109,7 @@ class Factor:
     reads: frozenset[Value | Constant]
     compute: Callable[[Reader], Any]
     static: np.ndarray | None = None
+    base: "Factor | None" = None
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -118,9 +120,15 @@ class Factor:
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
-        if self.shape == tuple(shape):
-            return self
-        return self.mapped(lambda x: x.reshape(shape), shape)
+        base = self.base or self
+        if base.shape == tuple(shape):
+            return base
+        return dataclasses.replace(base.mapped(lambda x: x.reshape(shape), shape), base=base)
+
+    @property
+    def squeezed(self) -> "Factor":
+        """Without its axes of size 1."""
+        return self.reshaped([n for n in self.shape if n != 1])
 
     def transposed(self, axes: Sequence[int]) -> "Factor":
         """With its axes in another order."""
@@ -173,13 +181,13 @@ def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Facto
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     """``of_a * a + of_b * b``, of the same shape."""
-    reads = a.reads | b.reads
+    x, y = (f.base or f for f in (a, b))
+    x, y = (x, y) if x.shape == y.shape else (a, b)
 
     def add(read: Reader) -> Any:
-        x, y = map(read.numbers, (a, b))
-        return _scaled(of_a, x) + _scaled(of_b, y)
+        return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
-    return Factor(a.shape, reads, add)
+    return Factor(x.shape, _reads((x, y)), add).reshaped(a.shape)
 
 
 def _scaled(c: float, x: Any) -> Any:
@@ -335,12 +343,19 @@ def _contracted(factors: Sequence[Factor], dim: int) -> Factor:
     if math.prod(shape) > MOST_ENTRIES:
         raise TooLarge
 
-    def contract(read: Reader) -> Any:
-        operands = [(read.number(read.array(f)), range(len(shape))) for f in factors]
-        kept = [i for i in range(len(shape)) if i != dim]
-        return _product(operands, kept, shape)
+    kept = [i for i, n in enumerate(shape) if n != 1]
+    sizes = tuple(shape[i] for i in kept)
 
-    return Factor(tuple(shape), _reads(factors), contract)
+    def contract(read: Reader) -> Any:
+        return _product([_operand(f, range(len(shape)), read) for f in factors], kept, sizes)
+
+    return Factor(sizes, _reads(factors), contract).reshaped(shape)
+
+
+def _operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:
+    """A factor's numbers and the labels of its axes, but for those of size 1."""
+    there = [label for label, n in zip(labels, f.shape, strict=True) if n != 1]
+    return read.numbers(f.squeezed), there
 
 
 def _reads(factors: Iterable[Factor]) -> frozenset[Value | Constant]:
@@ -677,7 +692,7 @@ def _sum_over_source(
             if equal is None:
                 return None
             masks.append(equal.widened(spread.ndim))
-    arrays: dict[tuple[int, ...], list[Any]] = {}
+    arrays: dict[tuple[int, ...], list[tuple[Any, list[int]]]] = {}
     for term in (a, b):
         labels = [*range(rank), *(0,) * term.summed]
         for axis, k in enumerate(term.at):
@@ -685,9 +700,10 @@ def _sum_over_source(
                 labels[rank + k] = of_source[axis]
         for f in term.factors:
             same = arrays.setdefault((id(f), *labels), [])
-            same.append(read.number(read.array(f)))
+            same.append(_operand(f, labels, read))
     operands: list[tuple[Any, Sequence[int]]] = [
-        (functools.reduce(jnp.multiply, same), key[1:]) for key, same in arrays.items()
+        (functools.reduce(jnp.multiply, [x for x, _ in same]), same[0][1])
+        for same in arrays.values()
     ]
     for mask in masks:
         operands.append((read.numbers(mask), range(rank + spread.ndim)))
