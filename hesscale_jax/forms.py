@@ -40,6 +40,7 @@ __all__ = [
     "known",
     "of_atom",
     "placed",
+    "side_by_side",
     "variance",
 ]
 
@@ -310,6 +311,56 @@ class Term:
             return None
         # What is added up here reaches the value in one way from now on.
         return dataclasses.replace(both, once=False, finite=self.finite and other.finite)
+
+
+def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term | None:
+    """One term of arrays along an axis, from one of each; ``None`` if they have to stay apart.
+
+    They have to where an entry of the source is known to be in several, or they are of other kinds.
+
+    Args:
+      terms: The terms.
+      dim: The axis.
+      sizes: How long each of the arrays is.
+    """
+    first = terms[0]
+    kinds = {
+        (t.scale, t.summed, len(t.factors), *(a if isinstance(a, int) else None for a in t.at))
+        for t in terms
+    }
+    if len(kinds) != 1:
+        return None
+
+    def join(parts: Sequence[Any]) -> Any:
+        one = parts[0]
+        if isinstance(one, int) or (one.shape[dim] == 1 and all(map(one.same, parts))):
+            return one
+        full = list(np.broadcast_shapes(*((*p.shape[:dim], 1, *p.shape[dim + 1 :]) for p in parts)))
+        shapes = [(*full[:dim], n, *full[dim + 1 :]) for n in sizes]
+        full[dim] = sum(sizes)
+        if math.prod(full) > MOST_ENTRIES:
+            raise TooLarge
+
+        def concatenate(*arrays: Any) -> Any:
+            return jnp.concatenate(list(map(jnp.broadcast_to, arrays, shapes)), dim)
+
+        static = [p.static for p in parts if p.static is not None]
+        if len(static) == len(parts):
+            return known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
+        return combined(concatenate, full, *parts)
+
+    at = tuple(map(join, zip(*(t.at for t in terms), strict=True)))
+    joined = dataclasses.replace(
+        first,
+        factors=tuple(map(join, zip(*(t.factors for t in terms), strict=True))),
+        at=at,
+        once=all(t.once for t in terms),
+        finite=all(t.finite for t in terms),
+    )
+    if joined.bound_along(dim):
+        return joined if joined.separates(dim) else None
+    others = any(f.shape[dim] != 1 and f not in first.factors for f in joined.factors)
+    return joined if others and joined.summed else None
 
 
 def _hot(index: Any, size: int) -> Any:

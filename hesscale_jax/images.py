@@ -35,6 +35,7 @@ from hesscale_jax.forms import (
     known,
     of_atom,
     placed,
+    side_by_side,
 )
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
@@ -529,13 +530,21 @@ def _pad(eqn: Equation, x: Form | None, value: Form | None) -> list[Form] | None
 
 def _concatenate(eqn: Equation, *parts: Form | None) -> list[Form]:
     dim, shape = eqn.params["dimension"], _shape(eqn)
-    y, start = Form(shape, {}), 0
-    for part, value in zip(parts, eqn.inputs, strict=True):
-        n = value.shape[dim]
+    sizes = [v.shape[dim] for v in eqn.inputs]
+    of = [{} if part is None else part.of for part in parts]
+    joined, start = dict[Any, tuple[Term, ...]](), 0
+    for source in of[0]:
+        terms = [each.get(source, ()) for each in of]
+        if all(len(each) == 1 for each in terms):
+            term = side_by_side([term for (term,) in terms], dim, sizes)
+            joined |= {source: (term,)} if term else {}
+    y = Form(shape, joined)
+    for part, n in zip(parts, sizes, strict=True):
         at = np.arange(shape[dim]) - start
         start += n
         if part is not None and n:
-            y = y.plus(_along(part, dim, np.where((at >= 0) & (at < n), at, -1)))
+            rest = Form(part.shape, {x: t for x, t in part.of.items() if x not in joined})
+            y = y.plus(_along(rest, dim, np.where((at >= 0) & (at < n), at, -1)))
     return [y]
 
 

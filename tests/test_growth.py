@@ -89,8 +89,12 @@ def segment_softmax(x, y, p):
     return x - 0.1 * weights / jax.ops.segment_sum(weights, IDS, 2)[IDS], y
 
 
+def rolled_softmax(x, y, p):
+    return x + 0.1 * jnp.roll(nn.softmax(x), 1, -1), y
+
+
 STEPS = [softmax, two_softmaxes, layer_norm, standardise, rms_norm, sinkhorn, adagrad]
-STEPS += [gradient_flow, segment_softmax]
+STEPS += [gradient_flow, segment_softmax, rolled_softmax]
 STEPS += [mirror_descent, gradient_descent, sum_of_softmaxes, pointwise, new_parameters]
 
 
