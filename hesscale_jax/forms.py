@@ -293,6 +293,49 @@ class Term:
             self, factors=tuple(map(to_the_end, self.factors)), at=at, summed=self.summed + 1
         )
 
+    def summed_by(self, ids: Factor, count: int, rank: int, source: Sequence[int]) -> "Term":
+        """The sums over entries along the first axis that have one id, along that axis.
+
+        Args:
+          ids: The id of each entry; one that is out of bounds, and not negative, leaves it out.
+          count: How many ids there are.
+          rank: The value's rank.
+          source: The source's shape.
+        """
+        term = dataclasses.replace(self, once=self.once and self.separates(0))
+        indices, sizes, axes = [ids], [count], list[int]()
+        for axis in self.bound_along(0):
+            index = self.at[axis]
+            assert isinstance(index, Factor)
+            if math.prod(index.shape) == index.shape[0]:
+                indices.append(index.squeezed)
+                sizes.append(source[axis])
+                axes.append(axis)
+            else:
+                term = term._written_out(axis, source[axis])
+        ones = (1,) * (rank - 1 + term.summed)
+        among = [f for f in term.factors if f.shape[0] != 1]
+        after = np.broadcast_shapes(ones, *(f.shape[1:] for f in among))
+        # A matrix of what is sparse.
+        if math.prod((*sizes, *after)) > (MOST_INDICES if axes else MOST_ENTRIES):
+            raise TooLarge
+
+        def add_up(read: Reader) -> Any:
+            numbers = (read.numbers(f) for f in among)
+            x = functools.reduce(jnp.multiply, numbers, jnp.ones((*ids.shape, *ones), read.dtype))
+            at = tuple(jnp.asarray(read.array(i)) for i in indices)
+            y = jnp.zeros((*sizes, *after), read.dtype).at[at].add(x, mode="drop")
+            return jnp.moveaxis(y, range(1, len(sizes)), range(1 - len(sizes), 0))
+
+        made = Factor((count, *after, *sizes[1:]), _reads((*among, *indices)), add_up)
+        rest = (f.widened(len(axes)) for f in term.factors if f not in among)
+        at = list(term.at)
+        for k, axis in enumerate(axes):
+            at[axis] = term.summed + k
+        return dataclasses.replace(
+            term, factors=(*rest, made), at=tuple(at), summed=term.summed + len(axes)
+        )
+
     def plus(self, other: "Term") -> "Term | None":
         """The sum of two terms as one, ``None`` if they have to stay two."""
         if self.summed != other.summed or not all(map(_agree, self.at, other.at)):
@@ -551,6 +594,13 @@ class Form:
             add_up = functools.partial(_summed_over, dim=dim, size=size)
             form = form.map(shape, add_up)
         return form
+
+    def summed_by(self, ids: Factor, count: int) -> "Form":
+        """The sums over entries along the first axis that have one id, along that axis."""
+        rank = len(self.shape)
+        return self.map(
+            (count, *self.shape[1:]), lambda term, x: term.summed_by(ids, count, rank, x.shape)
+        )
 
     @property
     def reads(self) -> frozenset[Value]:
