@@ -1027,7 +1027,7 @@ def _run_ends(
         eqn = equations[i]
         reads = (origins.setdefault(v, 1 << len(origins)) for v in eqn.inputs if v in active)
         origin = functools.reduce(operator.or_, reads)
-        if isinstance(rules[eqn], Reduction):
+        if isinstance(rules[eqn], Reduction | Scatter):
             related = [j for j, other in taken if other & origin]
             if len(related) >= most:
                 return range(related[most // 2 - 1] + 1, i + 1)

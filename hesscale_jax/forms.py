@@ -40,6 +40,7 @@ __all__ = [
     "known",
     "of_atom",
     "placed",
+    "side_by_side",
     "variance",
 ]
 
@@ -101,6 +102,7 @@ class Factor:
       reads: The program's values and constants that it is computed from, but for what is known.
       compute: The array, from a function that gives the primals of those values.
       static: The array, if it is known.
+      base: What it is a reshape of, if it is one.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -108,6 +110,7 @@ class Factor:
     reads: frozenset[Value | Constant]
     compute: Callable[[Reader], Any]
     static: np.ndarray | None = None
+    base: "Factor | None" = None
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -118,9 +121,15 @@ class Factor:
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
-        if self.shape == tuple(shape):
-            return self
-        return self.mapped(lambda x: x.reshape(shape), shape)
+        base = self.base or self
+        if base.shape == tuple(shape):
+            return base
+        return dataclasses.replace(base.mapped(lambda x: x.reshape(shape), shape), base=base)
+
+    @property
+    def squeezed(self) -> "Factor":
+        """Without its axes of size 1."""
+        return self.reshaped([n for n in self.shape if n != 1])
 
     def transposed(self, axes: Sequence[int]) -> "Factor":
         """With its axes in another order."""
@@ -173,13 +182,13 @@ def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Facto
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     """``of_a * a + of_b * b``, of the same shape."""
-    reads = a.reads | b.reads
+    x, y = (f.base or f for f in (a, b))
+    x, y = (x, y) if x.shape == y.shape else (a, b)
 
     def add(read: Reader) -> Any:
-        x, y = map(read.numbers, (a, b))
-        return _scaled(of_a, x) + _scaled(of_b, y)
+        return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
-    return Factor(a.shape, reads, add)
+    return Factor(x.shape, _reads((x, y)), add).reshaped(a.shape)
 
 
 def _scaled(c: float, x: Any) -> Any:
@@ -284,6 +293,49 @@ class Term:
             self, factors=tuple(map(to_the_end, self.factors)), at=at, summed=self.summed + 1
         )
 
+    def summed_by(self, ids: Factor, count: int, rank: int, source: Sequence[int]) -> "Term":
+        """The sums over entries along the first axis that have one id, along that axis.
+
+        Args:
+          ids: The id of each entry; one that is out of bounds, and not negative, leaves it out.
+          count: How many ids there are.
+          rank: The value's rank.
+          source: The source's shape.
+        """
+        term = dataclasses.replace(self, once=self.once and self.separates(0))
+        indices, sizes, axes = [ids], [count], list[int]()
+        for axis in self.bound_along(0):
+            index = self.at[axis]
+            assert isinstance(index, Factor)
+            if math.prod(index.shape) == index.shape[0]:
+                indices.append(index.squeezed)
+                sizes.append(source[axis])
+                axes.append(axis)
+            else:
+                term = term._written_out(axis, source[axis])
+        ones = (1,) * (rank - 1 + term.summed)
+        among = [f for f in term.factors if f.shape[0] != 1]
+        after = np.broadcast_shapes(ones, *(f.shape[1:] for f in among))
+        # A matrix of what is sparse.
+        if math.prod((*sizes, *after)) > (MOST_INDICES if axes else MOST_ENTRIES):
+            raise TooLarge
+
+        def add_up(read: Reader) -> Any:
+            numbers = (read.numbers(f) for f in among)
+            x = functools.reduce(jnp.multiply, numbers, jnp.ones((*ids.shape, *ones), read.dtype))
+            at = tuple(jnp.asarray(read.array(i)) for i in indices)
+            y = jnp.zeros((*sizes, *after), read.dtype).at[at].add(x, mode="drop")
+            return jnp.moveaxis(y, range(1, len(sizes)), range(1 - len(sizes), 0))
+
+        made = Factor((count, *after, *sizes[1:]), _reads((*among, *indices)), add_up)
+        rest = (f.widened(len(axes)) for f in term.factors if f not in among)
+        at = list(term.at)
+        for k, axis in enumerate(axes):
+            at[axis] = term.summed + k
+        return dataclasses.replace(
+            term, factors=(*rest, made), at=tuple(at), summed=term.summed + len(axes)
+        )
+
     def plus(self, other: "Term") -> "Term | None":
         """The sum of two terms as one, ``None`` if they have to stay two."""
         if self.summed != other.summed or not all(map(_agree, self.at, other.at)):
@@ -302,6 +354,56 @@ class Term:
             return None
         # What is added up here reaches the value in one way from now on.
         return dataclasses.replace(both, once=False, finite=self.finite and other.finite)
+
+
+def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term | None:
+    """One term of arrays along an axis, from one of each; ``None`` if they have to stay apart.
+
+    They have to where an entry of the source is known to be in several, or they are of other kinds.
+
+    Args:
+      terms: The terms.
+      dim: The axis.
+      sizes: How long each of the arrays is.
+    """
+    first = terms[0]
+    kinds = {
+        (t.scale, t.summed, len(t.factors), *(a if isinstance(a, int) else None for a in t.at))
+        for t in terms
+    }
+    if len(kinds) != 1:
+        return None
+
+    def join(parts: Sequence[Any]) -> Any:
+        one = parts[0]
+        if isinstance(one, int) or (one.shape[dim] == 1 and all(map(one.same, parts))):
+            return one
+        full = list(np.broadcast_shapes(*((*p.shape[:dim], 1, *p.shape[dim + 1 :]) for p in parts)))
+        shapes = [(*full[:dim], n, *full[dim + 1 :]) for n in sizes]
+        full[dim] = sum(sizes)
+        if math.prod(full) > MOST_ENTRIES:
+            raise TooLarge
+
+        def concatenate(*arrays: Any) -> Any:
+            return jnp.concatenate(list(map(jnp.broadcast_to, arrays, shapes)), dim)
+
+        static = [p.static for p in parts if p.static is not None]
+        if len(static) == len(parts):
+            return known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
+        return combined(concatenate, full, *parts)
+
+    at = tuple(map(join, zip(*(t.at for t in terms), strict=True)))
+    joined = dataclasses.replace(
+        first,
+        factors=tuple(map(join, zip(*(t.factors for t in terms), strict=True))),
+        at=at,
+        once=all(t.once for t in terms),
+        finite=all(t.finite for t in terms),
+    )
+    if joined.bound_along(dim):
+        return joined if joined.separates(dim) else None
+    others = any(f.shape[dim] != 1 and f not in first.factors for f in joined.factors)
+    return joined if others and joined.summed else None
 
 
 def _hot(index: Any, size: int) -> Any:
@@ -335,12 +437,19 @@ def _contracted(factors: Sequence[Factor], dim: int) -> Factor:
     if math.prod(shape) > MOST_ENTRIES:
         raise TooLarge
 
-    def contract(read: Reader) -> Any:
-        operands = [(read.number(read.array(f)), range(len(shape))) for f in factors]
-        kept = [i for i in range(len(shape)) if i != dim]
-        return _product(operands, kept, shape)
+    kept = [i for i, n in enumerate(shape) if n != 1]
+    sizes = tuple(shape[i] for i in kept)
 
-    return Factor(tuple(shape), _reads(factors), contract)
+    def contract(read: Reader) -> Any:
+        return _product([_operand(f, range(len(shape)), read) for f in factors], kept, sizes)
+
+    return Factor(sizes, _reads(factors), contract).reshaped(shape)
+
+
+def _operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:
+    """A factor's numbers and the labels of its axes, but for those of size 1."""
+    there = [label for label, n in zip(labels, f.shape, strict=True) if n != 1]
+    return read.numbers(f.squeezed), there
 
 
 def _reads(factors: Iterable[Factor]) -> frozenset[Value | Constant]:
@@ -485,6 +594,13 @@ class Form:
             add_up = functools.partial(_summed_over, dim=dim, size=size)
             form = form.map(shape, add_up)
         return form
+
+    def summed_by(self, ids: Factor, count: int) -> "Form":
+        """The sums over entries along the first axis that have one id, along that axis."""
+        rank = len(self.shape)
+        return self.map(
+            (count, *self.shape[1:]), lambda term, x: term.summed_by(ids, count, rank, x.shape)
+        )
 
     @property
     def reads(self) -> frozenset[Value]:
@@ -677,7 +793,7 @@ def _sum_over_source(
             if equal is None:
                 return None
             masks.append(equal.widened(spread.ndim))
-    arrays: dict[tuple[int, ...], list[Any]] = {}
+    arrays: dict[tuple[int, ...], list[tuple[Any, list[int]]]] = {}
     for term in (a, b):
         labels = [*range(rank), *(0,) * term.summed]
         for axis, k in enumerate(term.at):
@@ -685,9 +801,10 @@ def _sum_over_source(
                 labels[rank + k] = of_source[axis]
         for f in term.factors:
             same = arrays.setdefault((id(f), *labels), [])
-            same.append(read.number(read.array(f)))
+            same.append(_operand(f, labels, read))
     operands: list[tuple[Any, Sequence[int]]] = [
-        (functools.reduce(jnp.multiply, same), key[1:]) for key, same in arrays.items()
+        (functools.reduce(jnp.multiply, [x for x, _ in same]), same[0][1])
+        for same in arrays.values()
     ]
     for mask in masks:
         operands.append((read.numbers(mask), range(rank + spread.ndim)))

@@ -11,7 +11,9 @@ a source, or one of them takes an entry in more than once. Then spreads entry by
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ from hesscale_jax.forms import (
     known,
     of_atom,
     placed,
+    side_by_side,
 )
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
@@ -529,13 +532,21 @@ def _pad(eqn: Equation, x: Form | None, value: Form | None) -> list[Form] | None
 
 def _concatenate(eqn: Equation, *parts: Form | None) -> list[Form]:
     dim, shape = eqn.params["dimension"], _shape(eqn)
-    y, start = Form(shape, {}), 0
-    for part, value in zip(parts, eqn.inputs, strict=True):
-        n = value.shape[dim]
+    sizes = [v.shape[dim] for v in eqn.inputs]
+    of = [{} if part is None else part.of for part in parts]
+    joined, start = dict[Any, tuple[Term, ...]](), 0
+    for source in of[0]:
+        terms = [each.get(source, ()) for each in of]
+        if all(len(each) == 1 for each in terms):
+            term = side_by_side([term for (term,) in terms], dim, sizes)
+            joined |= {source: (term,)} if term else {}
+    y = Form(shape, joined)
+    for part, n in zip(parts, sizes, strict=True):
         at = np.arange(shape[dim]) - start
         start += n
         if part is not None and n:
-            y = y.plus(_along(part, dim, np.where((at >= 0) & (at < n), at, -1)))
+            rest = Form(part.shape, {x: t for x, t in part.of.items() if x not in joined})
+            y = y.plus(_along(rest, dim, np.where((at >= 0) & (at < n), at, -1)))
     return [y]
 
 
@@ -606,28 +617,11 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
         return None
     indices = of_atom(eqn.inputs[1])
     lead = indices.shape[:-1]
-    mode = eqn.params["mode"]
-
-    def column(k: int, dim: int) -> Factor:
-        size = x.shape[dim]
-
-        def pick(i: Any) -> Any:
-            i = i[..., k].astype(int)
-            if mode == lax.GatherScatterMode.CLIP:
-                return i.clip(0, size - 1)
-            if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-                return i
-            where = np.where if isinstance(i, np.ndarray) else jnp.where
-            return where((i >= 0) & (i < size), i, -1)
-
-        return indices.mapped(pick, lead)
-
-    def along(at: int) -> Factor:
-        shape = [n if i == at else 1 for i, n in enumerate(lead)]
-        return known(np.broadcast_to(np.arange(lead[at]).reshape(shape), lead))
-
-    at = [column(k, dim) for k, dim in enumerate(numbers.start_index_map)]
-    at += [along(i) for i in numbers.start_indices_batching_dims]
+    at = [
+        _position(indices, k, x.shape[dim], eqn.params["mode"])
+        for k, dim in enumerate(numbers.start_index_map)
+    ]
+    at += [_counted(lead, i) for i in numbers.start_indices_batching_dims]
     dropped = (*numbers.collapsed_slice_dims, *batching)
     kept = [n for i, n in enumerate(sizes) if i not in dropped]
     y = x.taken(dims, at).reshaped((*lead, *kept))
@@ -637,6 +631,82 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
         next(of_rest) if i in numbers.offset_dims else next(of_lead) for i in range(len(y.shape))
     ]
     return [y.transposed(order)]
+
+
+def _position(indices: Factor, k: int, size: int, mode: Any) -> Factor:
+    """The positions along an axis that one of the columns says, -1 where there is none."""
+
+    def pick(i: Any) -> Any:
+        i = i[..., k].astype(int)
+        if mode == lax.GatherScatterMode.CLIP:
+            return i.clip(0, size - 1)
+        if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+            return i
+        return _where((i >= 0) & (i < size), i, -1)
+
+    return indices.mapped(pick, indices.shape[:-1])
+
+
+def _counted(shape: Sequence[int], dim: int) -> Factor:
+    """The positions along one axis of a shape."""
+    counts = np.arange(shape[dim]).reshape([n if i == dim else 1 for i, n in enumerate(shape)])
+    return known(np.broadcast_to(counts, shape))
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    return (np if isinstance(condition, np.ndarray) else jnp).where(condition, x, y)
+
+
+def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list[Form] | None:
+    shape, numbers = _shape(eqn), eqn.params["dimension_numbers"]
+    y = x or Form(shape, {})
+    if u is None:
+        return [y]
+    inserted, batching = numbers.inserted_window_dims, numbers.operand_batching_dims
+    columns, mode = numbers.scatter_dims_to_operand_dims, eqn.params["mode"]
+    dims, indices = [*columns, *batching], of_atom(eqn.inputs[1])
+    lead = indices.shape[:-1]
+    window = [i for i in range(len(shape)) if i not in (*inserted, *batching)]
+    sizes = [u.shape[i] for i in numbers.update_window_dims]
+    if math.prod(lead) == 1 and not batching:
+        image = u.reshaped(
+            [sizes[window.index(i)] if i in window else 1 for i in range(len(shape))]
+        )
+        for k, dim in enumerate(columns):
+            image = _along(image, dim, _within(indices, k, image.shape[dim], shape[dim], mode))
+    elif sorted(dims) == sorted((*inserted, *batching)) and sizes == [shape[i] for i in window]:
+        at = [_position(indices, k, shape[dim], mode) for k, dim in enumerate(columns)]
+        at += [_counted(lead, i) for i in numbers.scatter_indices_batching_dims]
+        across = [shape[i] for i in dims]
+        ids = combined(functools.partial(_flat, sizes=across), (math.prod(lead),), *at)
+        first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
+        rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
+        image = rows.summed_by(ids, math.prod(across)).reshaped((*across, *sizes))
+        image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
+    else:
+        return None
+    return [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
+
+
+def _within(indices: Factor, k: int, n: int, size: int, mode: Any) -> Factor:
+    """Which of ``n`` entries is at each position along an axis; one of the columns says where."""
+
+    def place(i: Any) -> Any:
+        start = i[..., k].astype(int).reshape(())
+        if mode == lax.GatherScatterMode.CLIP:
+            start = start.clip(0, size - n)
+        at = np.arange(size) - start
+        return _where((at >= 0) & (at < n) & (start >= 0) & (start <= size - n), at, -1)
+
+    return indices.mapped(place, (size,))
+
+
+def _flat(*at: Any, sizes: Sequence[int]) -> Any:
+    """Positions along several axes as one, out of bounds where there is none."""
+    there = functools.reduce(jnp.logical_and, (jnp.asarray(i) >= 0 for i in at))
+    strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
+    ids = sum(stride * jnp.asarray(i) for stride, i in zip(strides, at, strict=True))
+    return jnp.where(there, ids, math.prod(sizes)).ravel()
 
 
 def _replace(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
@@ -675,6 +745,8 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "reshape": _reshape,
     "rev": _rev,
     "scatter": _replace,
+    "scatter-add": _scatter_add,
+    "scatter-sub": _scatter_add,
     "slice": _slice,
     "split": _split,
     "squeeze": _reshape,

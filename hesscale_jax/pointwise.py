@@ -99,8 +99,6 @@ class BlockArithmetic:
         self._spread_of = spread_of
         self._forms = forms
         self.reader_in = reader_in
-        self._reader = reader_in(self._dtype)
-        self._primal = self._reader.primal
         self._form_of: dict[Local | Sum, Form | None] = {}
         self._derived: dict[Value, Derived] = {}
         self._spreads: dict[Any, Any] = {}  # in the frame, of sources; by other keys, of segments
@@ -221,7 +219,8 @@ class BlockArithmetic:
         """The segments as :class:`Along` needs them, from what the ids are computed from."""
         if self.block not in self._spreads:
             ids, _ = self.block.ids
-            root = ids.root.value if isinstance(ids.root, Constant) else self._primal(ids.root)
+            primal = self.reader_in(self._dtype).primal
+            root = ids.root.value if isinstance(ids.root, Constant) else primal(ids.root)
             self._note(_wide(jnp.asarray(root)), ids.wraps)
         return self._spreads[self.block]
 
@@ -279,7 +278,6 @@ class BlockArithmetic:
         self._entrywise_covariances.clear()
         self._local_covariances.clear()
         self._form_of.clear()
-        self._reader = self.reader_in(self._dtype)
 
     # A loop that is part of the block: see hesscale_jax.loops
 
@@ -503,13 +501,14 @@ class BlockArithmetic:
         one, other = self._form(a), self._form(b)
         if one is None or other is None:
             return None
+        reader = self.reader_in(self._dtype)
         terms = (
             covariance(
                 one.of[source],
                 other.of[source],
-                self._reader.once(source, self._spread_of, source),
+                reader.once(source, self._spread_of, source),
                 self._frame,
-                self._reader,
+                reader,
             )
             for source in one.of
             if source in other.of
@@ -518,7 +517,7 @@ class BlockArithmetic:
 
     def _open(self, root: Local | Sum) -> Coefficient:
         """Where a path from a source of forms to a root is open: cut elsewhere, else 1."""
-        return self._reader.once((root, "open"), self._opened, root)
+        return self.reader_in(self._dtype).once((root, "open"), self._opened, root)
 
     def _opened(self, root: Local | Sum) -> Coefficient:
         if isinstance(root, Local):

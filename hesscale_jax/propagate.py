@@ -108,6 +108,7 @@ class _Walk:
         self._made_in: dict[Value, BlockArithmetic] = {}
         self._constrained: dict[Value, Equation] = {}  # what says where a block's value lies
         self._kept: Container[Value] = ()  # what is read, in its block, when all has run
+        self._computing: dict[Any, Reader] = {}  # by dtype, in this trace
         self.place: tuple[int, ...] = ()  # of the equation that runs the program
 
     def run(self) -> list[Moments]:
@@ -230,10 +231,12 @@ class _Walk:
         return variance(source.form, self._varies, reader)
 
     def _reader_in(self, dtype: Any) -> Reader:
-        """What factors of forms are computed from, in a dtype."""
-        rule = self.rules.get("dot_general")
-        products = rule if isinstance(rule, Multilinear) else multilinear
-        return Reader(self._primal, dtype, products.within)
+        """What factors of forms are computed from, in a dtype: once for all that read them."""
+        if dtype not in self._computing:
+            rule = self.rules.get("dot_general")
+            products = rule if isinstance(rule, Multilinear) else multilinear
+            self._computing[dtype] = Reader(self._primal, dtype, products.within)
+        return self._computing[dtype]
 
     def _primal(self, value: Value) -> Any:
         return self._moments[value].primal
@@ -286,6 +289,7 @@ class _Walk:
         sources = {block: self._arithmetic(block).sources for block in blocks}
 
         def run() -> Any:
+            computing, self._computing = self._computing, {}
             self._run(equations, region)
             for value in spread:
                 self._collapsed(value)
@@ -294,6 +298,7 @@ class _Walk:
             )
             results = [self._moments[v] for v in handed], [h[key] for h, key in held]
             self._leave(made, shared, held, sources)
+            self._computing = computing
             return results
 
         moments, arrays = jax.checkpoint(run, **region.options)()

@@ -14,6 +14,7 @@ import programs
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.lax import fori_loop, scan
+from jax.ops import segment_sum
 
 import hesscale_jax as hs
 
@@ -28,6 +29,9 @@ A, B, X, W = normal(0, 4, 4), normal(1, 4, 2), normal(2, 5, 4), normal(3, 3, 3)
 x, pairs = normal(4, 4), normal(5, 6, 2)
 chosen, rejected = X + 2, X + 2 + 0.1 * normal(6, 5, 4)
 STEPS = jnp.arange(3.0)
+SOURCE, TARGET = np.array([0, 1, 2, 3, 4, 0, 2]), np.array([1, 0, 2, 4, 3, 3, 0])
+WEIGHTS, HALVES = normal(14, 7, 1), np.array([[0, 1, 1], [1, 0, 0], [1, 1, 2]])
+PLACES = np.array([1, 2, 2, 0, 9])
 labels, tokens = np.array([0, 2, 1, 2, 0]), np.array([[0, 0, 2], [1, 3, 3]])
 
 
@@ -108,6 +112,11 @@ def rows(a):
     return a.sum(1, keepdims=True)
 
 
+def graph_convolution(w):
+    h = X @ w
+    return -jax.nn.log_softmax(h + segment_sum(WEIGHTS * h[SOURCE], TARGET, 5))[:, 0].sum()
+
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -158,6 +167,17 @@ LINES = {
         (lambda w: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(8.0)).sum(), x),
         (lambda r: -jax.nn.log_sigmoid(r[tokens[0]] - r[tokens[1]]).sum(), x),
         (lambda r: -jax.nn.log_sigmoid(r[jnp.asarray(tokens[0])] - r[0]).sum(), x),
+    ],
+    "Images that are added up by ids": [
+        (lambda w: (segment_sum(X @ w, labels, 3) ** 2).sum(), x),
+        (lambda w: (jnp.zeros(3).at[jnp.asarray(labels)].subtract(X @ w) ** 2).sum(), x),
+        (lambda w: (jax.nn.one_hot(labels, 3).T @ (X @ w)).sum() ** 2, x),
+        (graph_convolution, normal(11, 4, 3)),
+        (lambda w: (jax.vmap(lambda a, i: segment_sum(a, i, 2))(W @ w, HALVES) ** 3).sum(), W),
+        (lambda w: (jnp.zeros((3, 4)).at[labels, PLACES].add(X @ w) ** 2).sum(), x),
+        (lambda w: jnp.exp(w.at[1:3].add(2 * w[:2]) * w).sum(), x),
+        (lambda w: jnp.exp(w.at[1].add(w[0]) * w).sum(), x),
+        (lambda w: jnp.exp(W.at[:, labels[:3]].add(w) * w.at[0].subtract(w[1])).sum(), W),
     ],
     "Entries of an image chosen or moved, beside something curved in it": [
         (lambda w: (jnp.sin(X @ w) * (X @ w)[::-1]).sum(), x),
