@@ -129,6 +129,7 @@ class Images:
         self._apart = frozenset(apart)
         self._forms: dict[Value, Form] = {}
         self._leaves = frozenset(leaves)
+        self._bent: set[Value] = set()  # whose forms are of curved functions of images
         # The values each entry of which depends on one entry of each leaf, the same for all.
         self._separate = set(self._leaves)
         self.products: dict[Equation, tuple[Form, Form]] = {}
@@ -254,6 +255,8 @@ class Images:
             forms = self._images(eqn, rule)
         except TooLarge:
             forms = None
+        if not self._bent.isdisjoint(self._active(eqn)):
+            self._bent.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
             few = few and len(form.of) <= MOST_SOURCES
@@ -294,27 +297,32 @@ class Images:
         return None if image is None else image(eqn, *forms)
 
     def _pointwise(self, eqn: Equation, rule: Pointwise, active: list[int]) -> list[Form] | None:
-        shape = tuple(eqn.outputs[0].shape)
+        (y,), shape = eqn.outputs, tuple(eqn.outputs[0].shape)
         forms = [_aligned(self.of(eqn.inputs[i]), shape) for i in active]
+        bends = not rule.affine(active)
         entrywise = all(
-            x in self._leaves and len(terms) <= MOST_TERMS and not any(t.summed for t in terms)
+            (x in self._leaves or (y in self.last and isinstance(x, Part)))
+            and len(terms) <= MOST_TERMS
+            and (y in self.last or not any(t.summed for t in terms))
             for form in forms
             for x, terms in form.of.items()
         )
         finite = all(t.finite for form in forms for terms in form.of.values() for t in terms)
-        # A choice discards infinities.
-        chosen = eqn.name == "select_n" or rule.cuts
-        if (not entrywise and not rule.affine(active)) or (chosen and not (entrywise and finite)):
+        # A choice discards infinities; of those that abs takes, it keeps all but at 0.
+        chosen = eqn.name == "select_n" or (rule.cuts and eqn.name != "abs")
+        if (not entrywise and bends) or (chosen and not (entrywise and finite)):
             return None
-        y = Form(shape, {})
+        if bends and any(t.summed for form in forms for terms in form.of.values() for t in terms):
+            self._bent.add(y)
+        image = Form(shape, {})
         for i, form in zip(active, forms, strict=True):
             slope, is_finite = _slope(eqn, rule, i)
             form = form if is_finite else form.map(shape, _with_slope)
             if isinstance(slope, float):
-                y = y.plus(form, slope)
+                image = image.plus(form, slope)
             else:
-                y = y.plus(form.times(_aligned_factor(slope, shape)))
-        return [y]
+                image = image.plus(form.times(_aligned_factor(slope, shape)))
+        return [image]
 
     def _loop(self, eqn: Equation, active: list[int]) -> list[Form] | None:
         """What affine steps make, entry by entry of their block, of what each of them reads."""
@@ -351,7 +359,7 @@ class Images:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
             by = placed(of_atom(other), len(frame), places[1 - i])
             form = full[i]
-            if len(active) == 2 and any(t.summed for terms in form.of.values() for t in terms):
+            if operand in self._bent or len(active) == 2 and any(t.summed for terms in form.of.values() for t in terms):
                 form = identity(operand).placed(frame, places[i])
             image = form.times(by).summed(contracted).reshaped(shape)
             mixed = image.of.keys() - self._separate
