@@ -64,9 +64,9 @@ def explain(
 ) -> Callable[..., Report]:
     """What ``hesscale`` does with a loss: its blocks and rules, and where terms are dropped.
 
-    Takes the arguments of :func:`hesscale`. Nothing is computed, only traced, so that
-    ``jax.ShapeDtypeStruct`` may stand for any array. Equations without a rule are listed, all at
-    once, where ``hesscale`` would raise.
+    Takes the arguments of :func:`hesscale` but ``product_dtype``, which changes no step. Nothing is
+    computed, only traced, so that ``jax.ShapeDtypeStruct`` may stand for any array. Equations
+    without a rule are listed, all at once, where ``hesscale`` would raise.
 
     Returns:
       A function with the arguments of ``fun`` that returns a :class:`Report` to print or to read.

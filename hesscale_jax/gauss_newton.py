@@ -243,35 +243,58 @@ class _Outputs:
 
     def diagonal(self, values: Mapping[Value, Any], inputs: Sequence[Any]) -> list[Any]:
         """The diagonal of ``J^T H J`` for each input of the program."""
-        curvatures = self._curvatures(values)
+        count, outputs = self.examples.count, sum(map(size, self._shapes()))
+        of_columns = self._of_columns(values, inputs)
+        columns = outputs // count
+        at_once = _fitting(columns, columns * outputs)
+        positions = jnp.arange(columns).reshape(columns // at_once, at_once)
+        if len(positions) == 1:
+            return of_columns(positions[0])
+
+        def add(total: list[Any], some: Any) -> tuple[list[Any], None]:
+            return list(map(jnp.add, total, of_columns(some))), None
+
+        start = [jnp.zeros(x.shape, spread_dtype(x.dtype)) for x in inputs]
+        return lax.scan(add, start, positions)[0]
+
+    def _of_columns(
+        self, values: Mapping[Value, Any], inputs: Sequence[Any]
+    ) -> Callable[[Any], list[Any]]:
+        """What the columns at some positions add to the diagonal, ``sum_n J_nc * (H_n J_n)_c``."""
         zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
         linear = self.examples.linearised(_evaluated(self._model, inputs))
 
-        def of_example(arrays: Any, curvature: Any) -> list[Any]:
-            def outputs(*tangents: Any) -> Any:
-                pushed = linear.pushed(arrays, tangents)
-                return jnp.concatenate([x.ravel().astype(curvature.dtype) for x in pushed])
-
-            return _quadratic(jax.linear_transpose(outputs, *zeros), curvature)
-
+        hessian = self._hessian(values)
         count = self.examples.count
-        held = curvatures.shape[-1] * sum(x.size for x in zeros)
-        fitting = (n for n in range(count, 0, -1) if count % n == 0 and n * held <= AT_ONCE)
-        at_once = next(fitting, 1)
-        groups = jax.tree.map(
-            lambda x: x.reshape(count // at_once, at_once, *x.shape[1:]),
-            (linear.arrays, curvatures),
-        )
 
-        def add(total: list[Any], group: Any) -> tuple[list[Any], None]:
-            found = jax.vmap(of_example)(*group)
-            return [t + x.sum(0) for t, x in zip(total, found, strict=True)], None
+        def of_columns(positions: Any) -> list[Any]:
+            curvatures = hessian(positions)
 
-        start = [jnp.zeros(x.shape, spread_dtype(x.dtype)) for x in zeros]
-        return lax.scan(add, start, groups)[0]
+            def of_example(arrays: Any, curvature: Any) -> list[Any]:
+                def outputs(*tangents: Any) -> Any:
+                    pushed = linear.pushed(arrays, tangents)
+                    return jnp.concatenate([x.ravel().astype(curvature.dtype) for x in pushed])
 
-    def _curvatures(self, values: Mapping[Value, Any]) -> Any:
-        """The Hessian of the loss in the outputs of each example: of shape ``(n, c, c)``.
+                units = jax.nn.one_hot(positions, curvature.shape[1], dtype=curvature.dtype)
+                return _quadratic(jax.linear_transpose(outputs, *zeros), units, curvature)
+
+            at_once = _fitting(count, len(positions) * sum(x.size for x in zeros) * count)
+            groups = jax.tree.map(
+                lambda x: x.reshape(count // at_once, at_once, *x.shape[1:]),
+                (linear.arrays, curvatures),
+            )
+
+            def add(total: list[Any], group: Any) -> tuple[list[Any], None]:
+                found = jax.vmap(of_example)(*group)
+                return [t + x.sum(0) for t, x in zip(total, found, strict=True)], None
+
+            start = [jnp.zeros(x.shape, spread_dtype(x.dtype)) for x in zeros]
+            return lax.scan(add, start, groups)[0]
+
+        return of_columns
+
+    def _hessian(self, values: Mapping[Value, Any]) -> Callable[[Any], Any]:
+        """Columns of the loss's Hessian in the outputs of each example: of shape ``(n, k, c)``.
 
         The head is run in float32 at least: a second derivative may lie beyond half precision.
         """
@@ -296,7 +319,13 @@ class _Outputs:
             along = jnp.broadcast_to(unit, flat.shape)
             return jax.jvp(jax.grad(loss), (flat,), (along,))[1]
 
-        return jnp.moveaxis(lax.map(column, jnp.arange(sum(sizes)), batch_size=32), 0, 1)
+        return lambda positions: jnp.moveaxis(lax.map(column, positions, batch_size=32), 0, 1)
+
+
+def _fitting(count: int, numbers: int) -> int:
+    """How many of ``count``, in groups of a size, hold ``AT_ONCE`` of all ``numbers`` at most."""
+    sizes = (n for n in range(count, 0, -1) if count % n == 0)
+    return next((n for n in sizes if n * numbers <= AT_ONCE * count), 1)
 
 
 def _rerun(program: Program, equations: Iterable[Equation], values: dict[Value, Any]) -> Any:
@@ -312,8 +341,11 @@ def _rerun(program: Program, equations: Iterable[Equation], values: dict[Value, 
     return read(program.outputs[0])
 
 
-def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any]:
+def _quadratic(pull: Callable[[Any], Sequence[Any]], units: Any, curvature: Any) -> list[Any]:
     """``sum_c J_c * (H J)_c`` of one example, where ``pull(z)`` is ``J^T z``.
+
+    For the columns ``c`` of the Hessian that ``curvature`` holds, in rows, as ``units`` do their
+    positions.
 
     What is pulled has a largest entry of 1, since the model may compute in half precision.
     """
@@ -327,7 +359,6 @@ def _quadratic(pull: Callable[[Any], Sequence[Any]], curvature: Any) -> list[Any
         pairs = zip(pull(unit), pull(row / size), strict=True)
         return [wide(a) * wide(b) * size.astype(spread_dtype(a.dtype)) for a, b in pairs]
 
-    units = jnp.eye(len(curvature), dtype=curvature.dtype)
     held = len(units) * sum(x.size for x in jax.eval_shape(pull, curvature[0]))
     if held <= AT_ONCE:
         return [x.sum(0) for x in jax.vmap(paired)(units, curvature)]

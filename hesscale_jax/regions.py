@@ -68,6 +68,9 @@ def exact(
     Under ``jax.vmap`` it has a Jacobian for each example, so that
     ``jax.vmap(exact(fun), (None, 0))(params, x)`` costs far less than a region of the batch.
 
+    As in ``jax.checkpoint``, the state of an ``nnx`` module, of which ``fun`` is a method, does not
+    advance: statistics of BatchNorm, counts of Dropout.
+
     Args:
       fun: A function of pytrees of arrays to a pytree of arrays, that ``jax.grad`` differentiates
         twice; three times if it holds a ``custom_vjp`` and returns more than one number. Parameters

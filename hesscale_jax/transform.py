@@ -91,10 +91,11 @@ def value_and_hesscale(
         ``jax.ad_checkpoint.checkpoint_name(y, "model_output")`` where there is one. Or for more
         passes, ``"exact_gauss_newton"``, the diagonal of the generalised Gauss-Newton matrix
         without approximation, or ``"refined"``, that and what HesScale has of the Hessian besides:
-        exact for networks of up to two hidden layers. For C outputs of the model they take about
-        1.2 C gradients more. With a batch, C is the number of one example's, if by the structure of
-        the program the examples along the outputs' leading axis do not depend on one another, else
-        that of all examples. What a loss has of parameters alone, a penalty, is HesScale's. In
+        exact for networks of up to two plain dense hidden layers, that use each weight once for an
+        example and normalise nothing over units. For C outputs of the model they take about 1.2 C
+        gradients more. With a batch, C is the number of one example's, if by the structure of the
+        program the examples along the outputs' leading axis do not depend on one another, else that
+        of all examples. What a loss has of parameters alone, a penalty, is HesScale's. In
         float32 on a CPU, jaxlib 0.10 may compute it wrongly, as other programs that take many
         gradients at once: see docs/reference/versions.md.
       product_dtype: What the diagonal's own matrix products and convolutions, of spreads and

@@ -11,6 +11,7 @@ from jax import lax, nn
 from jax._src import source_info_util
 from jax.experimental import io_callback, pallas
 from jax.extend import core
+from jax.sharding import AxisType, PartitionSpec
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Value, flatten, trace
@@ -408,3 +409,38 @@ def test_a_linear_solve_has_its_operator_first_and_its_right_hand_sides_last():
     assert eqn.inputs[0] is program.inputs[0]
     assert eqn.inputs[-1] is program.inputs[1]
     assert len(eqn.params["jaxprs"].matvec.jaxpr.invars) == 2
+
+
+def test_collectives_are_told_from_other_effects_and_what_varies_by_device_by_its_type():
+    def printed(x):
+        jax.debug.print("{}", x)
+        return lax.psum(x, "d")
+
+    effects = {}
+    mesh, spec = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec("d")
+
+    def of_device(x):
+        for name, fun in {"psum": lambda x: lax.psum(x, "d"), "print": printed}.items():
+            program = _jaxpr.flatten(_jaxpr.trace(fun, x))
+            effects[name] = [_jaxpr.has_effects(program, c) for c in (True, False)]
+            assert any(map(_jaxpr.is_collective, program.equations))
+            assert all(map(_jaxpr.varies, program.inputs))
+        return x
+
+    jax.shard_map(of_device, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(2))
+    assert effects == {"psum": [True, False], "print": [True, True]}
+    assert not any(map(_jaxpr.varies, _jaxpr.flatten(_jaxpr.trace(jnp.sin, 1.0)).inputs))
+
+
+def test_equations_run_in_float32_in_place_of_half_precision():
+    def computed(x, ids):
+        y = jnp.dot(x, x, preferred_element_type=x.dtype) + x.astype("float32").astype(x.dtype)
+        bits = lax.bitcast_convert_type(y, "uint16")
+        return jnp.sum(y[ids], dtype=x.dtype), jnp.zeros_like(x).at[ids].add(x[ids]), bits
+
+    x, ids = jnp.full((3, 3), 300.0, "float16"), jnp.array([0, 2])
+    program = _jaxpr.flatten(_jaxpr.trace(computed, x, ids))
+    total, added, bits = _jaxpr.evaluate(program, [x, ids], program.outputs, _jaxpr.run_widely)
+    assert (total.dtype, added.dtype, bits.dtype) == ("float32", "float32", "uint16")
+    assert total == 6 * (3 * 300.0**2 + 300)  # beyond float16
+    assert jnp.array_equal(added, x.astype("float32").at[1].set(0))

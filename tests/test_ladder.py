@@ -383,6 +383,24 @@ def test_gradients_of_many_numbers_are_held_a_few_at_a_time(monkeypatch):
         np.testing.assert_allclose(received, expected, rtol=1e-12)
 
 
+def test_second_derivatives_are_held_a_few_columns_at_a_time(monkeypatch):
+    def fun(w):
+        return jnp.mean(jax.nn.logsumexp(jnp.tanh(X @ w), 1))
+
+    def largest():
+        traced = jax.make_jaxpr(hs.hesscale(lambda w: fun(w), curvature="exact_gauss_newton"))(w)
+        inner = _jaxpr.inspection.inner_equations({"jaxpr": traced.jaxpr})
+        return max(v.aval.size for eqn in inner for v in eqn.outvars)
+
+    w = normal(1, 4, 30)
+    assert largest() >= 6 * 30 * 30
+    expected = diagonal(fun, w, "exact_gauss_newton")
+    monkeypatch.setattr("hesscale_jax.gauss_newton.AT_ONCE", 1000)
+    assert largest() <= 1000
+    received = diagonal(lambda w: fun(w), w, "exact_gauss_newton")
+    np.testing.assert_allclose(received, expected, rtol=1e-12)
+
+
 def test_transformations_of_it():
     model, params, head, _ = MODELS["MLP, tanh"]
     diagonals = jax.jit(

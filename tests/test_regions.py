@@ -250,6 +250,24 @@ def test_a_differential_equation_which_jax_differentiates_twice():
         np.testing.assert_allclose(received, expected, rtol=1e-6)  # of the solver
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("region", [hs.exact, hs.sampled])
+@pytest.mark.parametrize("power", [cubed, fourth, lambda x: x**3])
+def test_regions_of_what_varies_by_device(power, region, curvature):
+    def of_device(w, x):
+        step = region(lambda w: jnp.sum(power(jnp.outer(w, w)), 0)[:2])
+        return hs.hesscale(lambda w: jnp.sum(step(w) ** 2 * x), curvature=curvature)(w)[1]
+
+    def varying(w, x):
+        return lax.pmean(of_device(lax.pcast(w, "d", to="varying"), x), "d")
+
+    mesh, split = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec("d")
+    specs = {"in_specs": (PartitionSpec(), split), "out_specs": PartitionSpec()}
+    received = jax.shard_map(varying, mesh=mesh, **specs)(X[0], jnp.arange(1.0, 5.0))
+    halves = [of_device(X[0], jnp.arange(i, i + 2)) for i in (1.0, 3.0)]
+    np.testing.assert_allclose(received, sum(halves) / 2, rtol=1e-10)
+
+
 def test_gauss_newton_takes_it_as_of_the_model():
     def with_region(params):
         return jnp.mean((jax.vmap(hs.exact(model), (None, 0))(params, X) - Y) ** 2)

@@ -23,6 +23,7 @@ from hesscale_jax._jaxpr.binding import (
     takes,
     trace,
     uses_state,
+    varying_as,
     with_constants,
     without_state,
 )
@@ -121,6 +122,7 @@ __all__ = [
     "user_frame",
     "uses_state",
     "varies",
+    "varying_as",
     "with_constants",
     "without_state",
     "zero_outputs",

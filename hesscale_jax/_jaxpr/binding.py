@@ -38,6 +38,7 @@ __all__ = [
     "takes",
     "trace",
     "uses_state",
+    "varying_as",
     "with_constants",
     "without_state",
 ]
@@ -102,6 +103,16 @@ def sums_wrongly(program: Program) -> bool:
     narrow = any(is_inexact(v) and v.dtype != np.float64 for v in program.inputs)
     faulty = importlib.metadata.version("jaxlib").startswith("0.10.")
     return is_on_cpu() and narrow and faulty and not off
+
+
+def varying_as(x: Any, other: Any) -> Any:
+    """``x`` with a type that varies over the devices of a ``shard_map`` as that of ``other``."""
+    axes = _varying(other) - _varying(x)
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def stops_at_nans() -> bool:

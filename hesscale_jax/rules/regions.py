@@ -54,7 +54,7 @@ def exact(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
                 "estimate."
             )
         if not recurse.curved and rows < columns:
-            return _by_rows(fun, xs, ys, spreads)
+            return _by_rows(fun, xs, spreads)
         return _by_columns(fun, xs, spreads, _derivatives(eqn), recurse.curved)
 
     return _moments(eqn, operands, recurse, given, None)
@@ -67,10 +67,11 @@ def _by_columns(
     starts = list(itertools.accumulate((x.size for x in xs), initial=0))
 
     def column(position: Any) -> tuple[list[Any], list[Any]]:
-        unit = [
+        units = [
             (jnp.arange(x.size).reshape(x.shape) + start == position).astype(x.dtype)
             for x, start in zip(xs, starts, strict=False)
         ]
+        unit = list(map(_jaxpr.varying_as, units, xs))
         if not curved:
             return derivatives.first(fun, xs, unit), []
         return derivatives.second(fun, xs, unit, unit)
@@ -86,17 +87,17 @@ def _by_columns(
     )
 
 
-def _by_rows(fun: Function, xs: Sequence[Any], ys: Sequence[Any], spreads: Sequence[Any]) -> Given:
+def _by_rows(fun: Function, xs: Sequence[Any], spreads: Sequence[Any]) -> Given:
     """For each entry of the results: the first derivative in all operands."""
-    _, pull = jax.vjp(fun, *xs)
+    ys, pull = jax.vjp(fun, *xs)
     found = []
     for k, y in enumerate(ys):
 
         def row(position: Any, k: int = k, y: Any = y) -> list[Any]:
             unit = jnp.arange(math.prod(y.shape)).reshape(y.shape) == position
-            cotangents = [jnp.zeros(z.shape, z.dtype) for z in ys]
+            cotangents = list(map(jnp.zeros_like, ys))
             cotangents[k] = unit.astype(y.dtype)
-            return pull(cotangents)
+            return pull(list(map(_jaxpr.varying_as, cotangents, ys)))
 
         rows = lax.map(row, jnp.arange(math.prod(y.shape)), batch_size=CHUNK)
         parts = [
@@ -127,6 +128,7 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
             """What one array of signs gives."""
             keys = jax.random.split(key, len(xs))
             z = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, xs, strict=True)]
+            z = list(map(_jaxpr.varying_as, z, xs))
             pairs = zip(z, spreads, strict=True)
             t = [lax.convert_element_type(s * v, s.dtype) for s, v in pairs]
             if recurse.curved:
@@ -250,7 +252,7 @@ class _Reverse:
 
             return _inner(jax.grad(along_z)(tuple(xs)), t)
 
-        return cls.first(fun, xs, t), _coefficients(bent, jax.eval_shape(fun, *xs))
+        return cls.first(fun, xs, t), _coefficients(bent, fun(*xs))
 
 
 def _coefficients(linear: Callable[[list[Any]], Any], ys: Sequence[Any]) -> list[Any]:
@@ -261,9 +263,9 @@ def _coefficients(linear: Callable[[list[Any]], Any], ys: Sequence[Any]) -> list
     """
     if _size(ys) == len(ys) == 1:
         (y,) = ys
-        value = linear([jnp.ones(y.shape, y.dtype)])
+        value = linear([_jaxpr.varying_as(jnp.ones_like(y), y)])
         return [jnp.reshape(value, y.shape).astype(y.dtype)]
-    return jax.grad(linear)([jnp.zeros(y.shape, y.dtype) for y in ys])
+    return jax.grad(linear)([_jaxpr.varying_as(jnp.zeros_like(y), y) for y in ys])
 
 
 def _inner(a: Sequence[Any], b: Sequence[Any]) -> Any:
