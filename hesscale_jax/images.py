@@ -32,6 +32,7 @@ from hesscale_jax.forms import (
     Reader,
     Term,
     TooLarge,
+    are_apart,
     combined,
     identity,
     known,
@@ -225,12 +226,15 @@ class Images:
         for source, terms in form.of.items():
             if source is value:
                 continue
-            if len(terms) != 1 or not terms[0].once:
+            if not all(t.once for t in terms):
+                return True
+            pairs = itertools.combinations(terms, 2)
+            if any(_overlap(s, t, block.reduced, len(block.frame)) for s, t in pairs):
                 return True
             if source in self._separate and any(
-                n != 1 and not terms[0].separates(dim)
-                for dim, n in enumerate(block.frame)
-                if dim in block.reduced
+                block.frame[dim] != 1 and not t.separates(dim)
+                for dim in block.reduced
+                for t in terms
             ):
                 return True
         return False
@@ -393,14 +397,16 @@ def _is_known(value: Any) -> bool:
 def _meet(a: Form, b: Form, dims: Sequence[int]) -> bool:
     """Whether two values share entries of a source: at one position, or any along some axes."""
     return any(
-        _overlap(s, t, dims)
+        _overlap(s, t, dims, len(a.shape))
         for source in a.of.keys() & b.of.keys()
         for s in a.of[source]
         for t in b.of[source]
     )
 
 
-def _overlap(s: Term, t: Term, dims: Sequence[int]) -> bool:
+def _overlap(s: Term, t: Term, dims: Sequence[int], rank: int) -> bool:
+    if not dims and are_apart(s, t, rank):
+        return False
     for i, j in zip(s.at, t.at, strict=True):
         if isinstance(i, int) or isinstance(j, int) or i.static is None or j.static is None:
             continue
