@@ -73,6 +73,10 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 
 
+# Linear in their operand, by a matrix of no more entries than these.
+LINEAR = {"reduce_window_sum"}
+MOST_IN_MATRIX = 2**14
+
 # What may be run where a value's entries are to stay apart.
 MOVES = SAME | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
 MOVES |= {"broadcast_in_dim", "gather", "not", "or", "pad", "reduce_sum", "reshape", "select_n"}
@@ -286,8 +290,11 @@ class Images:
             return self._pointwise(eqn, rule, active)
         if eqn in self._steps.loops:
             return self._loop(eqn, active)
-        if isinstance(rule, Multilinear):
-            return self._product(eqn, active) if eqn.name == "dot_general" else None
+        if eqn.name == "dot_general":
+            return self._product(eqn, active)
+        if isinstance(rule, Multilinear) or eqn.name in LINEAR:
+            (i, *others) = active
+            return None if others else _by_unit_vectors(eqn, i, self.of(eqn.inputs[i]))
         if not isinstance(rule, Selection):
             return None
         forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
@@ -467,6 +474,29 @@ def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
     return Factor(tuple(eqn.outputs[k].shape), reads, slope)
 
 
+def _by_unit_vectors(eqn: Equation, i: int, x: Form) -> list[Form] | None:
+    """What is linear in one operand, as a matrix, if that is small."""
+    operand, (y,) = eqn.inputs[i], eqn.outputs
+    n, m = math.prod(operand.shape), math.prod(y.shape)
+    if n * m > MOST_IN_MATRIX:
+        return None
+
+    def matrix(read: Reader) -> Any:
+        others = [
+            _as(v, v.value if isinstance(v, Constant) else read.primal(v)) for v in eqn.inputs
+        ]
+
+        def image(unit: Any) -> Any:
+            unit = _as(operand, unit.reshape(operand.shape))
+            return _jaxpr.bind(eqn, *others[:i], unit, *others[i + 1 :])
+
+        return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
+
+    by = Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
+    apart = x.reshaped((n,)).placed((m, n), [1])
+    return [apart.times(by).summed([1]).reshaped(tuple(y.shape))]
+
+
 def _as(atom: Value | Constant, x: Any) -> Any:
     return lax.convert_element_type(x, atom.dtype)
 
@@ -599,6 +629,13 @@ def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | 
 
 def _reduce_sum(eqn: Equation, x: Form) -> list[Form]:
     return [x.summed(eqn.params["axes"]).reshaped(_shape(eqn))]
+
+
+def _psum(eqn: Equation, x: Form, *others: Form | None) -> list[Form] | None:
+    axes = eqn.params["axes"]
+    if others or not all(isinstance(axis, int) for axis in axes):
+        return None
+    return [x.summed(axes).reshaped(_shape(eqn))]
 
 
 def _cumsum(eqn: Equation, x: Form) -> list[Form]:
@@ -747,6 +784,7 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "expand_dims": _reshape,
     "gather": _gather,
     "pad": _pad,
+    "psum": _psum,
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
     "rev": _rev,
