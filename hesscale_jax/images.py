@@ -353,16 +353,17 @@ class Images:
         full = {i: self.of(eqn.inputs[i]).placed(frame, places[i]) for i in active}
         same = eqn.inputs[0] is eqn.inputs[1]
         last = eqn.outputs[0] in self.last
-        if len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted):
+        meets = len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted)
+        if meets:
             self.products[eqn] = full[0], full[1]
-            return None
         shape = tuple(eqn.outputs[0].shape)
         y, parts = Form(shape, {}), Form(shape, {})
         for i in active:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
             by = placed(of_atom(other), len(frame), places[1 - i])
             form = full[i]
-            if len(active) == 2 and any(t.summed for terms in form.of.values() for t in terms):
+            summed = any(t.summed for terms in form.of.values() for t in terms)
+            if len(active) == 2 and summed and not meets:
                 form = identity(operand).placed(frame, places[i])
             image = form.times(by).summed(contracted).reshaped(shape)
             mixed = image.of.keys() - self._separate

@@ -144,6 +144,16 @@ LINES = {
         ),
         (lambda u: jax.vmap(lambda a: a * psum(a, "i"), axis_name="i")(u).sum(), x),
     ],
+    "A product of an image with a product of a value with itself": [
+        (lambda w: ((X[:3, :3] @ (w @ w.T)) ** 2).sum(), W),
+        (lambda w: (((X[:3, :3] @ w) @ w.T) ** 2).sum(), W),
+        (lambda w: jnp.sin(w @ w.T @ w).sum(), W),
+        (lambda w: jnp.trace(w @ w @ w), W),
+        (
+            lambda r: jnp.sqrt((n := (r * r).sum(-1))[:, None] + n[None] - 2 * (r @ r.T) + 1).sum(),
+            B,
+        ),
+    ],
     "An image, and what a loop with affine steps makes of it": [
         (lambda x: scan(lambda c, t: (c + t * x, None), jnp.zeros(4), STEPS)[0] @ A @ x, x),
         (lambda x: (y := fori_loop(0, 3, lambda _, y: 0.5 * y + x, x)) @ A @ y, x),
