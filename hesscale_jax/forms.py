@@ -35,6 +35,7 @@ __all__ = [
     "Reader",
     "Term",
     "TooLarge",
+    "are_apart",
     "covariance",
     "identity",
     "known",
@@ -234,8 +235,14 @@ class Term:
         return dataclasses.replace(self, factors=factors, at=at, **also)
 
     def scaled(self, by: Factor) -> "Term":
-        """Times a factor that has the value's axes."""
-        return dataclasses.replace(self, factors=(*self.factors, by.widened(self.summed)))
+        """Times a factor that has the value's axes; what is known of one shape is one factor."""
+        by = by.widened(self.summed)
+        for i, f in enumerate(self.factors):
+            if f.static is not None and by.static is not None and f.shape == by.shape:
+                both = known(f.static * by.static)
+                factors = (*self.factors[:i], both, *self.factors[i + 1 :])
+                return dataclasses.replace(self, factors=factors)
+        return dataclasses.replace(self, factors=(*self.factors, by))
 
     def bound_along(self, dim: int) -> list[int]:
         """The axes of the source that are bound to positions along one of the value's."""
@@ -742,6 +749,8 @@ def _of_pair(
     terms that differ in these.
     """
     rank = len(shape)
+    if are_apart(a, b, rank):
+        return None
     pair, outside = [], []
     for term in (a, b):
         inside = tuple(f for f in term.factors if _depends(f, (*over, *range(rank, len(f.shape)))))
@@ -832,6 +841,25 @@ def _one_hot(index: Factor, axis: int, count: int, size: int) -> Factor:
     return index.mapped(lambda i: _hot(i, size).reshape(shape), shape)
 
 
+def are_apart(a: Term, b: Term, rank: int) -> bool:
+    """Whether two terms are known to share no entry of their source at one position."""
+    if a is b:
+        return False
+    masks = [
+        f.static.reshape(f.shape[:rank]) != 0
+        for f in (*a.factors, *b.factors)
+        if f.static is not None and math.prod(f.shape[rank:]) == 1
+    ]
+    equal = [
+        i.static == j.static
+        for i, j in zip(a.at, b.at, strict=True)
+        if isinstance(i, Factor)
+        and isinstance(j, Factor)
+        and not (i.static is None or j.static is None)
+    ]
+    return any(not functools.reduce(np.logical_and, masks, each).any() for each in equal)
+
+
 def _equal(a: Factor, b: Factor) -> Factor | None:
     """Where two indices are the same; ``None`` if they are known to be so nowhere."""
     shape = np.broadcast_shapes(a.shape, b.shape)
@@ -863,8 +891,8 @@ def _at(
     dims = sorted({d for i in taken.values() for d in range(rank) if i.shape[d] != 1})
     rest = [axis for axis in range(spread.ndim) if axis not in taken]
     rows = jnp.transpose(spread, [*taken, *rest])
-    indices = [
-        jnp.asarray(read.array(i)).reshape([i.shape[d] for d in dims]) for i in taken.values()
-    ]
-    y = rows[tuple(indices)]
+    indices = (i.reshaped([i.shape[d] for d in dims]) for i in taken.values())
+    # Of what is known, no index is negative: JAX does not look at unsigned ones.
+    at = (read.array(i) if i.static is None else i.static.astype(np.uint32) for i in indices)
+    y = rows[tuple(map(jnp.asarray, at))]
     return y, [*dims, *(labels[axis] for axis in rest)]

@@ -32,6 +32,7 @@ from hesscale_jax.forms import (
     Reader,
     Term,
     TooLarge,
+    are_apart,
     combined,
     identity,
     known,
@@ -71,6 +72,10 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 
+
+# Linear in their operand, by a matrix of no more entries than these.
+LINEAR = {"reduce_window_sum"}
+MOST_IN_MATRIX = 2**14
 
 # What may be run where a value's entries are to stay apart.
 MOVES = SAME | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
@@ -226,12 +231,15 @@ class Images:
         for source, terms in form.of.items():
             if source is value:
                 continue
-            if len(terms) != 1 or not terms[0].once:
+            if not all(t.once for t in terms):
+                return True
+            pairs = itertools.combinations(terms, 2)
+            if any(_overlap(s, t, block.reduced, len(block.frame)) for s, t in pairs):
                 return True
             if source in self._separate and any(
-                n != 1 and not terms[0].separates(dim)
-                for dim, n in enumerate(block.frame)
-                if dim in block.reduced
+                block.frame[dim] != 1 and not t.separates(dim)
+                for dim in block.reduced
+                for t in terms
             ):
                 return True
         return False
@@ -285,8 +293,11 @@ class Images:
             return self._pointwise(eqn, rule, active)
         if eqn in self._steps.loops:
             return self._loop(eqn, active)
-        if isinstance(rule, Multilinear):
-            return self._product(eqn, active) if eqn.name == "dot_general" else None
+        if eqn.name == "dot_general":
+            return self._product(eqn, active)
+        if isinstance(rule, Multilinear) or eqn.name in LINEAR:
+            (i, *others) = active
+            return None if others else _by_unit_vectors(eqn, i, self.of(eqn.inputs[i]))
         if not isinstance(rule, Selection):
             return None
         forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
@@ -313,6 +324,9 @@ class Images:
         if (not entrywise and bends) or (chosen and not (entrywise and finite)):
             return None
         if bends and any(t.summed for form in forms for terms in form.of.values() for t in terms):
+            block = self._steps.blocks.get(eqn)
+            if any(self._home.get(v) is not block for v in self._bent.intersection(eqn.inputs)):
+                return None  # of what another block makes: forms would grow from block to block
             self._bent.add(y)
         image = Form(shape, {})
         for i, form in zip(active, forms, strict=True):
@@ -350,16 +364,17 @@ class Images:
         full = {i: self.of(eqn.inputs[i]).placed(frame, places[i]) for i in active}
         same = eqn.inputs[0] is eqn.inputs[1]
         last = eqn.outputs[0] in self.last
-        if len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted):
+        meets = len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted)
+        if meets:
             self.products[eqn] = full[0], full[1]
-            return None
         shape = tuple(eqn.outputs[0].shape)
         y, parts = Form(shape, {}), Form(shape, {})
         for i in active:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
             by = placed(of_atom(other), len(frame), places[1 - i])
             form = full[i]
-            if operand in self._bent or len(active) == 2 and any(t.summed for terms in form.of.values() for t in terms):
+            summed = any(t.summed for terms in form.of.values() for t in terms)
+            if operand in self._bent or (len(active) == 2 and summed and not meets):
                 form = identity(operand).placed(frame, places[i])
             image = form.times(by).summed(contracted).reshaped(shape)
             mixed = image.of.keys() - self._separate
@@ -401,14 +416,16 @@ def _is_known(value: Any) -> bool:
 def _meet(a: Form, b: Form, dims: Sequence[int]) -> bool:
     """Whether two values share entries of a source: at one position, or any along some axes."""
     return any(
-        _overlap(s, t, dims)
+        _overlap(s, t, dims, len(a.shape))
         for source in a.of.keys() & b.of.keys()
         for s in a.of[source]
         for t in b.of[source]
     )
 
 
-def _overlap(s: Term, t: Term, dims: Sequence[int]) -> bool:
+def _overlap(s: Term, t: Term, dims: Sequence[int], rank: int) -> bool:
+    if not dims and are_apart(s, t, rank):
+        return False
     for i, j in zip(s.at, t.at, strict=True):
         if isinstance(i, int) or isinstance(j, int) or i.static is None or j.static is None:
             continue
@@ -467,6 +484,29 @@ def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
 
     reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
     return Factor(tuple(eqn.outputs[k].shape), reads, slope)
+
+
+def _by_unit_vectors(eqn: Equation, i: int, x: Form) -> list[Form] | None:
+    """What is linear in one operand, as a matrix, if that is small."""
+    operand, (y,) = eqn.inputs[i], eqn.outputs
+    n, m = math.prod(operand.shape), math.prod(y.shape)
+    if n * m > MOST_IN_MATRIX:
+        return None
+
+    def matrix(read: Reader) -> Any:
+        others = [
+            _as(v, v.value if isinstance(v, Constant) else read.primal(v)) for v in eqn.inputs
+        ]
+
+        def image(unit: Any) -> Any:
+            unit = _as(operand, unit.reshape(operand.shape))
+            return _jaxpr.bind(eqn, *others[:i], unit, *others[i + 1 :])
+
+        return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
+
+    by = Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
+    apart = x.reshaped((n,)).placed((m, n), [1])
+    return [apart.times(by).summed([1]).reshaped(tuple(y.shape))]
 
 
 def _as(atom: Value | Constant, x: Any) -> Any:
@@ -601,6 +641,13 @@ def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | 
 
 def _reduce_sum(eqn: Equation, x: Form) -> list[Form]:
     return [x.summed(eqn.params["axes"]).reshaped(_shape(eqn))]
+
+
+def _psum(eqn: Equation, x: Form, *others: Form | None) -> list[Form] | None:
+    axes = eqn.params["axes"]
+    if others or not all(isinstance(axis, int) for axis in axes):
+        return None
+    return [x.summed(axes).reshaped(_shape(eqn))]
 
 
 def _cumsum(eqn: Equation, x: Form) -> list[Form]:
@@ -749,6 +796,7 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "expand_dims": _reshape,
     "gather": _gather,
     "pad": _pad,
+    "psum": _psum,
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
     "rev": _rev,

@@ -13,8 +13,9 @@ import oracle
 import programs
 import pytest
 from jax.flatten_util import ravel_pytree
-from jax.lax import fori_loop, scan
+from jax.lax import add, fori_loop, psum, reduce_window, scan
 from jax.ops import segment_sum
+from jax.scipy.signal import convolve
 
 import hesscale_jax as hs
 
@@ -131,6 +132,27 @@ LINES = {
         (lambda x: jnp.tanh(x) @ A @ jax.nn.gelu(x), x),
         (factorisation_machine, B),
         (lambda x: scan(lambda c, t: (c + t * (x @ A @ x) ** 2, None), 0.0, STEPS)[0], x),
+    ],
+    "Small convolutions with a constant, and sums over windows": [
+        (lambda u: (u[1:] * jnp.convolve(u, jnp.array([1.0, -2.0]), "valid")).sum(), x),
+        (lambda u: (u * jnp.convolve(jnp.array([1.0, -2.0, 0.5]), u, "same")).sum() ** 2, x),
+        (lambda u: jax.nn.logsumexp(u[1:, 1:] * convolve(u, W[:2, :2], "valid")), A),
+        (lambda u: (u[1:] * reduce_window(u, 0.0, add, (2,), (1,), "VALID")).sum(), x),
+        (
+            lambda u: jnp.exp(u[:3] * reduce_window(u, 0.0, add, (2, 2), (1, 1), "SAME")).sum(),
+            B[:3],
+        ),
+        (lambda u: jax.vmap(lambda a: a * psum(a, "i"), axis_name="i")(u).sum(), x),
+    ],
+    "A product of an image with a product of a value with itself": [
+        (lambda w: ((X[:3, :3] @ (w @ w.T)) ** 2).sum(), W),
+        (lambda w: (((X[:3, :3] @ w) @ w.T) ** 2).sum(), W),
+        (lambda w: jnp.sin(w @ w.T @ w).sum(), W),
+        (lambda w: jnp.trace(w @ w @ w), W),
+        (
+            lambda r: jnp.sqrt((n := (r * r).sum(-1))[:, None] + n[None] - 2 * (r @ r.T) + 1).sum(),
+            B,
+        ),
     ],
     "An image, and what a loop with affine steps makes of it": [
         (lambda x: scan(lambda c, t: (c + t * x, None), jnp.zeros(4), STEPS)[0] @ A @ x, x),

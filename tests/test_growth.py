@@ -93,8 +93,17 @@ def rolled_softmax(x, y, p):
     return x + 0.1 * jnp.roll(nn.softmax(x), 1, -1), y
 
 
+def reaction_diffusion(x, y, p):
+    z = jnp.tanh(x)
+    return x + 0.1 * (jnp.roll(z, 1, -1) + jnp.roll(z, -1, -1) - 2 * z), y
+
+
+def upwind(x, y, p):
+    return x.at[:, 1:].add(0.1 * jnp.sin(x)[:, :-1]), y
+
+
 STEPS = [softmax, two_softmaxes, layer_norm, standardise, rms_norm, sinkhorn, adagrad]
-STEPS += [gradient_flow, segment_softmax, rolled_softmax]
+STEPS += [gradient_flow, segment_softmax, rolled_softmax, reaction_diffusion, upwind]
 STEPS += [mirror_descent, gradient_descent, sum_of_softmaxes, pointwise, new_parameters]
 
 

@@ -197,6 +197,8 @@ class _Builder:
                 inputs = tuple(map(joined, inputs, eqn.invars))
                 if eqn.primitive.name == "dot_general":
                     params, inputs = self._without_transposes(params, inputs)
+                if eqn.primitive.name in ("scatter-add", "scatter-sub"):
+                    inputs = (inputs[0], self._known(inputs[1]), inputs[2])
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
                 if eqn.primitive.name == "stack" and are_plain(inputs):
@@ -513,6 +515,11 @@ class _Builder:
                         sides[side] = tuple(axes[i] for i in sides[side])
                     operands[side] = eqn.inputs[0]
         return params | {"dimension_numbers": tuple(map(tuple, numbers))}, tuple(operands)
+
+    def _known(self, ids: Any) -> Any:
+        """Ids as a constant, if they are computed of numbers alone."""
+        numbers = self._numbers.of(ids) if isinstance(ids, Value) else None
+        return ids if numbers is None else self._constant(np.asarray(numbers))
 
     def _constant(self, value: Any) -> Constant:
         """One object per literal, so that equal operands are identical."""
