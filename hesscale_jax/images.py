@@ -134,7 +134,8 @@ class Images:
         self._apart = frozenset(apart)
         self._forms: dict[Value, Form] = {}
         self._leaves = frozenset(leaves)
-        self._bent: set[Value] = set()  # whose forms are of curved functions of images
+        self._multiplied: set[Value] = set()  # what is computed of products
+        self._bent: set[Value] = set()  # whose forms are of curved functions of products
         # The values each entry of which depends on one entry of each leaf, the same for all.
         self._separate = set(self._leaves)
         self.products: dict[Equation, tuple[Form, Form]] = {}
@@ -263,8 +264,11 @@ class Images:
             forms = self._images(eqn, rule)
         except TooLarge:
             forms = None
-        if not self._bent.isdisjoint(self._active(eqn)):
-            self._bent.update(eqn.outputs)
+        for reached in (self._multiplied, self._bent):
+            if not reached.isdisjoint(self._active(eqn)):
+                reached.update(eqn.outputs)
+        if eqn.name == "dot_general":
+            self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
             few = few and len(form.of) <= MOST_SOURCES
@@ -311,10 +315,11 @@ class Images:
         (y,), shape = eqn.outputs, tuple(eqn.outputs[0].shape)
         forms = [_aligned(self.of(eqn.inputs[i]), shape) for i in active]
         bends = not rule.affine(active)
+        after = y in self.last and self._multiplied.issuperset(self._active(eqn))
         entrywise = all(
-            (x in self._leaves or (y in self.last and isinstance(x, Part)))
+            (x in self._leaves or (after and isinstance(x, Part)))
             and len(terms) <= MOST_TERMS
-            and (y in self.last or not any(t.summed for t in terms))
+            and (after or not any(t.summed for t in terms))
             for form in forms
             for x, terms in form.of.items()
         )
