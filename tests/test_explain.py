@@ -308,7 +308,9 @@ def test_where_nothing_is_dropped_the_diagonal_is_exact():
 def test_arguments_go_by_their_path():
     def loss(x, params, *more):
         (w,) = params["layer"]
-        return jnp.sum((jnp.tanh(x @ w) @ w) ** 2) + jnp.sum((more[0] @ more[0] @ more[0] @ more[0]) ** 2)
+        return jnp.sum((jnp.tanh(x @ w) @ w) ** 2) + jnp.sum(
+            (more[0] @ more[0] @ more[0] @ more[0]) ** 2
+        )
 
     report = hs.explain(loss, argnums=(2, 1))(array(5, 3), {"layer": [array(3, 3)]}, array(4, 4))
     assert {entry.value for entry in report.dropped} == {"params['layer'][0]", "args[2]"}

@@ -118,6 +118,16 @@ def graph_convolution(w):
     return -jax.nn.log_softmax(h + segment_sum(WEIGHTS * h[SOURCE], TARGET, 5))[:, 0].sum()
 
 
+def of_sequences(w):
+    """A preference between two sequences, by the log-probabilities of their tokens."""
+    tokens = jax.nn.log_softmax(X @ w)[:, 1]
+    return -jax.nn.log_sigmoid(tokens[:2].sum() - tokens[2:].sum())
+
+
+def of_sequences_after_a_layer(p):
+    return of_sequences(p["w"] - 0.1 * jnp.sin(p["w"]))
+
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -225,6 +235,17 @@ LINES = {
     "A function of `jax.custom_jvp` that mixes entries": [
         (lambda z: jnp.vdot(softmax(z), z), x),
         (lambda z: -jnp.log(softmax(jnp.stack([z, 2 * z])))[:, 1].sum(), x),
+    ],
+    "What a block makes of images of a leaf, chosen and added up in another": [
+        (lambda w: jnp.tanh(X @ w)[:3].sum() ** 2, x),
+        (lambda w: (jnp.diff(jnp.tanh(X @ w)) ** 2).sum(), x),
+        (lambda w: ((y := jnp.tanh(X @ w))[1:] * y[:-1]).sum() ** 2, x),
+        (lambda w: jnp.exp(-jax.nn.log_softmax(X @ w)[:, 0].mean()), B),
+        (of_sequences, B),
+        (of_sequences_after_a_layer, {"w": B}),
+        (lambda w: jax.lax.map(jnp.tanh, X @ w).sum() ** 2, x),
+        (lambda w: jnp.log1p(jnp.prod(jax.nn.sigmoid(X @ w))), x),
+        (lambda w: -jnp.sum((p := jax.nn.softmax(X @ w).mean(0)) * jnp.log(p)), B),
     ],
     "What a block makes, weighted by a constant vector": [
         (lambda w: jnp.sum((jax.nn.softmax(X @ w) @ B[1]) ** 2), B),
