@@ -73,6 +73,6 @@ class ComplexValuesError(UnsupportedPrimitiveError):
         self.args = (
             f"complex values on the way to the loss: {primitive!r} (used at {location}) has "
             f"{reason}, in which HesScale carries their curvature. Options: (1) if no curvature "
-            "should flow there, wrap its result in jax.lax.stop_gradient; (2) write that "
-            "step for real arrays, as a solve with [[A.real, -A.imag], [A.imag, A.real]] is.",
+            "should flow there, wrap its result in jax.lax.stop_gradient; (2) write that step for "
+            "real arrays.",
         )
