@@ -7,9 +7,9 @@ found equation by equation:
   values and scalars that do not depend on the inputs. Where the loss itself would come out
   parameter-like, only the inputs count.
 - An *entry* is an equation where parameters meet the data's path: one operand is parameter-like and
-  the result is not. Where only the inputs count, it is one where an input meets what another is in,
-  or that makes a residual, whose square the loss is affine in: another function of one input is no
-  model. If the loss names its model's output (``checkpoint_name(y, "model_output")``),
+  the result is not. Where only the inputs count, it is one where an input meets another value that
+  moves, or that makes a residual, whose square the loss is affine in: another function of one input
+  is no model. If the loss names its model's output (``checkpoint_name(y, "model_output")``),
   those equations are the only entries.
 - The *tail* is the equations through which the loss is an affine function of their result. A
   parameter added there, as a penalty is, does not meet the model.
@@ -21,8 +21,7 @@ it if no entry comes after.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value
@@ -49,7 +48,7 @@ class LossHead:
         *,
         named: bool,
         only_inputs: bool | None = None,
-        reached: Mapping[Value, frozenset[Value]] = MappingProxyType({}),
+        moving: Iterable[Value] = (),
         entered: frozenset[Value] = frozenset(),
         bent: frozenset[Value] = frozenset(),
     ) -> None:
@@ -63,24 +62,23 @@ class LossHead:
           named: Whether the loss names its model's output.
           only_inputs: Whether no other value counts as parameter-like; by default, if the first
             output would.
-          reached: The parameters that other inputs depend on.
+          moving: The other inputs that may depend on parameters.
           entered: The outputs that an entry comes after.
           bent: The outputs in which the loss is not affine.
         """
         path = list(path)
-        moving = {v for eqn in path for v in eqn.outputs}
+        computed = {v for eqn in path for v in eqn.outputs}
         self._named = named
-        self._like = _parameter_like(program, frozenset(parameters), moving)
+        self._like = _parameter_like(program, frozenset(parameters), computed)
         self._only_inputs = program.outputs[0] in self._like if only_inputs is None else only_inputs
         if self._only_inputs:
             self._like = frozenset(parameters)
         self._entered, self._bent = entered, bent
-        self._reached = {v: frozenset([v]) for v in parameters} | dict(reached)
+        self._moving = computed.union(parameters, moving)
         self._readers: dict[Value, list[Equation]] = defaultdict(list)
         for eqn in path:
             for value in eqn.inputs:
                 self._readers[value].append(eqn)
-            self._reached.update(dict.fromkeys(eqn.outputs, self._reaching(eqn)))
 
         self._residuals: set[Value] = set()
         self.tail: set[Equation] = set()
@@ -111,11 +109,6 @@ class LossHead:
         path = list(path)
         inputs, outputs = body.program.inputs, body.program.outputs
         like = {v for v, i in zip(inputs, body.inputs, strict=True) if eqn.inputs[i] in self._like}
-        reached = {
-            v: self._reached.get(eqn.inputs[i], frozenset())
-            for v, i in zip(inputs, body.inputs, strict=True)
-        }
-        reached |= {inputs[j]: self._reaching(eqn) for j in body.carry.values()}
         entered = {
             v for v, y in zip(outputs, eqn.outputs, strict=True) if not self._is_clear_after(y)
         }
@@ -128,7 +121,7 @@ class LossHead:
                 like,
                 named=self._named,
                 only_inputs=self._only_inputs,
-                reached=reached,
+                moving=inputs,
                 entered=frozenset(entered),
                 bent=frozenset(bent),
             )
@@ -150,11 +143,7 @@ class LossHead:
         if not self._only_inputs:
             return meets
         is_residual = not self._residuals.isdisjoint(eqn.outputs)
-        return is_residual or (meets and len(self._reaching(eqn)) > 1)
-
-    def _reaching(self, eqn: Equation) -> frozenset[Value]:
-        """The parameters that an equation's operands depend on."""
-        return frozenset[Value]().union(*(self._reached.get(v, ()) for v in eqn.inputs))
+        return is_residual or (meets and len(self._moving.intersection(eqn.inputs)) > 1)
 
     def is_parameter_like(self, value: Value) -> bool:
         """Whether a value is computed of parameters alone."""

@@ -166,7 +166,6 @@ PROGRAMS: dict[str, Any] = EXACT | {
     "a derivative within": (within, normal(3)),
     "rules of their own": (own_rules, normal(2, 3)),
     "inverse": of_matrix(jnp.linalg.inv, shift=4.0),
-    "determinant": of_matrix(jnp.linalg.det),
     "singular vectors": of_matrix(lambda z: jnp.abs(jnp.linalg.svd(z, full_matrices=False)[0])),
     "QR": of_matrix(lambda z: jnp.linalg.qr(z)[1]),
     "LU": of_matrix(lambda z: jax.scipy.linalg.lu(z)[2], shift=4.0),

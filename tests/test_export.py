@@ -106,7 +106,7 @@ def test_a_program_for_any_size(loss, shape, curvature):
     transformed = jax.jit(hs.hesscale(loss, curvature=curvature))
     program = export.export(transformed)(*args)
     received, expected = program.call(PARAMS, X, LABELS), transformed(PARAMS, X, LABELS)
-    if loss in (dropped, sums):
+    if loss in (dropped, rows, sums):
         # Images of one leaf meet along a symbolic axis, where they have no form.
         assert_close(received[0], expected[0])
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(received[1]))

@@ -450,8 +450,8 @@ def test_errors_say_what_to_do(monkeypatch):
         hs.hesscale(in_a_loop, **exact)(params)
     monkeypatch.setattr("hesscale_jax.gauss_newton.MAX_OUTPUTS", 3)
     hs.hesscale(lambda p: head(model(p)), **exact)(params)
-    with pytest.raises(ValueError, match="12, more than 3; they are parameters that the loss's"):
-        hs.hesscale(lambda w: jnp.sum(w**3), **exact)(normal(1, 4, 3))
+    with pytest.raises(ValueError, match="24, more than 3; they are parameters that the loss's"):
+        hs.hesscale(lambda p: jnp.sum(p[0] * p[1] ** 2), **exact)((normal(1, 4, 3),) * 2)
     normalised, params, head, _ = MODELS["batch normalisation"]
     with pytest.raises(ValueError, match=r"18, more than 3; .*'sub' mixes .*test_ladder.py"):
         hs.hesscale(lambda p: head(normalised(p)), **exact)(params)

@@ -380,7 +380,8 @@ class _Builder:
             math.prod(v.aval.shape[i] for i in axes)
             for v, axes in zip(eqn.invars, free_axes(eqn), strict=True)
         ]
-        small = math.prod(eqn.invars[1 - at].aval.shape) <= SMALL
+        entries = math.prod(eqn.invars[1 - at].aval.shape)
+        small = isinstance(entries, int) and entries <= SMALL
         weighs = counts[1 - at] == 1 or (counts[at] == 1 and small)
         return weighs and not self._is_given(inputs[at])
 
