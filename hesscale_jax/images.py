@@ -1,7 +1,8 @@
 """Which values are linear images of one source, and where they meet: pure graph analysis.
 
 The sources are the program's inputs and what is curved in them. To first order, a function entry by
-entry of leaves' entries is an image of the leaves. A product with a constant is an image of what
+entry of leaves' entries is an image of the leaves; after the last product, so is one of their
+images, through the curved functions of one block. A product with a constant is an image of what
 the other factor is one of; of two factors that move, it is an image of the leaves alone. What else
 it mixes, the method takes as independent: the :class:`Part` of the product that has no form.
 A loop of affine steps makes an image of what each of them reads.
@@ -315,11 +316,11 @@ class Images:
         (y,), shape = eqn.outputs, tuple(eqn.outputs[0].shape)
         forms = [_aligned(self.of(eqn.inputs[i]), shape) for i in active]
         bends = not rule.affine(active)
-        after = y in self.last and self._multiplied.issuperset(self._active(eqn))
+        last = y in self.last and self._multiplied.issuperset(self._active(eqn))
         entrywise = all(
-            (x in self._leaves or (after and isinstance(x, Part)))
+            (x in self._leaves or (last and isinstance(x, Part)))
             and len(terms) <= MOST_TERMS
-            and (after or not any(t.summed for t in terms))
+            and (last or not any(t.summed for t in terms))
             for form in forms
             for x, terms in form.of.items()
         )
