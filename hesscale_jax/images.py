@@ -75,7 +75,7 @@ SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 
 
 # Linear in their operand, by a matrix of no more entries than these.
-LINEAR = {"reduce_window_sum"}
+LINEAR = {"conv_general_dilated", "reduce_window_sum"}
 MOST_IN_MATRIX = 2**14
 
 # What may be run where a value's entries are to stay apart.
@@ -300,7 +300,7 @@ class Images:
             return self._loop(eqn, active)
         if eqn.name == "dot_general":
             return self._product(eqn, active)
-        if isinstance(rule, Multilinear) or eqn.name in LINEAR:
+        if eqn.name in LINEAR:
             (i, *others) = active
             return None if others else _by_unit_vectors(eqn, i, self.of(eqn.inputs[i]))
         if not isinstance(rule, Selection):
