@@ -241,6 +241,7 @@ LINES = {
         (lambda w: (jnp.diff(jnp.tanh(X @ w)) ** 2).sum(), x),
         (lambda w: ((y := jnp.tanh(X @ w))[1:] * y[:-1]).sum() ** 2, x),
         (lambda w: jnp.exp(-jax.nn.log_softmax(X @ w)[:, 0].mean()), B),
+        (lambda w: jnp.exp(jax.nn.logsumexp(X @ w, -1).mean()), B),
         (of_sequences, B),
         (of_sequences_after_a_layer, {"w": B}),
         (lambda w: jax.lax.map(jnp.tanh, X @ w).sum() ** 2, x),
