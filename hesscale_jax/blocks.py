@@ -413,8 +413,42 @@ def plan(
     segments = segmented(program, rules, active)
     found = {eqn: _through(eqn, active, find) for eqn, rule in rules.items() if rule is scan}
     loops = {eqn: through for eqn, through in found.items() if through is not None}
-    blocks = _Grouping(active, segments, loops).run(rules)
-    return Plan(active, rules, blocks, segments, loops)
+    ends: set[Value] = set()
+    while True:
+        blocks = _Grouping(active, segments, loops, ends).run(rules)
+        more = set(_read_again(rules, blocks, active)) - ends
+        if not more:
+            return Plan(active, rules, blocks, segments, loops)
+        ends |= more
+
+
+def _read_again(
+    rules: dict[Equation, Any], blocks: dict[Equation, Block], active: frozenset[Value]
+) -> Iterator[Value]:
+    """The sums from which a block makes several values that another one reads.
+
+    Where a block makes nothing of its one sum but at the sum's own entries, the sum's readers lose
+    nothing if they are in a block of their own; and there, all of them know how they vary together.
+    """
+    made = {v: block for eqn, block in blocks.items() for v in eqn.outputs}
+    sums: dict[Block, list[Value]] = {}
+    later: dict[Block, set[Value]] = {}  # what a block makes of its sums
+    for eqn, block in blocks.items():
+        after = later.setdefault(block, set())
+        if isinstance(rules[eqn], Reduction):
+            sums.setdefault(block, []).extend(eqn.outputs)
+        if isinstance(rules[eqn], Reduction) or not after.isdisjoint(eqn.inputs):
+            after.update(active.intersection(eqn.outputs))
+    read: dict[tuple[Block, Block], set[Value]] = {}
+    for eqn, block in blocks.items():
+        for v in active.intersection(eqn.inputs):
+            if v in made and made[v] is not block and v in later[made[v]]:
+                read.setdefault((made[v], block), set()).add(v)
+    for (block, _), values in read.items():
+        if len(values) == 1 or len(sums[block]) > 1 or block.cut:
+            continue
+        if all(v in block.spans and block.leaves_clean(v) for v in later[block]):
+            yield from sums[block]
 
 
 # Paths
@@ -670,10 +704,12 @@ class _Grouping:
         active: frozenset[Value],
         segments: dict[Equation, Segmented],
         loops: dict[Equation, Through],
+        ends: set[Value],
     ) -> None:
         self._active = active
         self._segments = segments
         self._loops = loops
+        self._ends = ends  # what only other blocks read
         self._level: dict[Value, int] = {}
         self._placed: set[Value] = set()  # what lies in the block that makes it
         self._maker: dict[Value, Unit] = {}
@@ -918,6 +954,8 @@ class _Grouping:
         """
         if eqn in self._segments:
             return self._segments[eqn].ends
+        if eqn.outputs[position] in self._ends:
+            return True
         return eqn in self._loops and position not in self._loops[eqn].carries
 
     def _fill_frame(

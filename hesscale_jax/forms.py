@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -45,8 +46,9 @@ __all__ = [
     "variance",
 ]
 
-# More entries than these are not written out: a static index, and a factor.
-MOST_INDICES, MOST_ENTRIES = 2**22, 2**26
+# More entries than these are not written out: a static index, and a factor; nor, of what is known,
+# computed while tracing.
+MOST_INDICES, MOST_ENTRIES, MOST_KNOWN = 2**22, 2**26, 2**14
 
 Source = Any  # a value, or the part of one that has no form
 
@@ -73,6 +75,8 @@ class Reader:
 
     def number(self, x: Any) -> Any:
         """An array of numbers, or of truth values as zeros and ones, in the dtype."""
+        if isinstance(x, np.ndarray) and x.size <= MOST_KNOWN:
+            return x.astype(self.dtype)
         return lax.convert_element_type(x, self.dtype)
 
     def array(self, factor: "Factor") -> Any:
@@ -185,6 +189,8 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     """``of_a * a + of_b * b``, of the same shape."""
     x, y = (f.base or f for f in (a, b))
     x, y = (x, y) if x.shape == y.shape else (a, b)
+    if x.static is not None and y.static is not None:
+        return known(of_a * x.static + of_b * y.static).reshaped(a.shape)
 
     def add(read: Reader) -> Any:
         return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
@@ -227,6 +233,11 @@ class Term:
         """What it is but for its scale: the same for a term of the same arrays."""
         at = tuple((True, a) if isinstance(a, int) else (False, a.serial) for a in self.at)
         return self.summed, at, tuple(sorted(f.serial for f in self.factors))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of its arrays are."""
+        return all(isinstance(f, int) or f.static is not None for f in (*self.factors, *self.at))
 
     def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
         """With a change of the value's axes, which come first, applied to every array."""
@@ -463,6 +474,24 @@ def _reads(factors: Iterable[Factor]) -> frozenset[Value | Constant]:
     return frozenset[Value | Constant]().union(*(f.reads for f in factors))
 
 
+Operand = tuple[Any, Sequence[int]]  # an array, and the labels of its axes
+
+
+def _folded(operands: Sequence[Operand], kept: Sequence[int]) -> list[Operand]:
+    """The operands with those that are known multiplied, if that is small."""
+    known = [(x, at) for x, at in operands if isinstance(x, np.ndarray)]
+    rest = [(x, at) for x, at in operands if not isinstance(x, np.ndarray)]
+    sizes = {i: n for x, at in known for i, n in zip(at, x.shape, strict=True) if n != 1}
+    if len(known) < 2 or math.prod(sizes.values()) > MOST_KNOWN:
+        return list(operands)
+    left = sorted(sizes.keys() & {*kept, *(i for _, at in rest for i in at)})
+    arguments: list[Any] = []
+    for x, at in known:
+        there = [i for i, n in zip(at, x.shape, strict=True) if n != 1]
+        arguments += [x.reshape([n for n in x.shape if n != 1]), there]
+    return [*rest, (np.asarray(np.einsum(*arguments, left)), left)]
+
+
 def _product(
     operands: Sequence[tuple[Any, Sequence[int]]], kept: Sequence[int], shape: Sequence[int]
 ) -> Any:
@@ -472,7 +501,7 @@ def _product(
     """
     arguments: list[Any] = []
     present: set[int] = set()
-    for x, labels in operands:
+    for x, labels in _folded(operands, kept):
         there = [i for i, n in zip(labels, x.shape, strict=True) if n != 1]
         arguments += [x.reshape([n for n in x.shape if n != 1]), there]
         present.update(there)
@@ -709,14 +738,18 @@ def covariance(
     Returns:
       An array that broadcasts to the shape, ``None`` if there is nothing that both share.
     """
-    if left is right:
+    if spread is None:
+        return None
+    spread, same = read.number(spread), left is right
+    left, right = (
+        read.once((_together, *terms), _together, terms, len(shape), spread.shape)
+        for terms in (left, right)
+    )
+    if same:
         distinct = itertools.combinations_with_replacement(left, 2)
         pairs = [(a, b, 1.0 if a is b else 2.0) for a, b in distinct]
     else:
         pairs = [(a, b, 1.0) for a, b in itertools.product(left, right)]
-    if spread is None:
-        return None
-    spread = read.number(spread)
     found = [_of_pair(a, b, spread, shape, read, over) for a, b, _ in pairs]
     terms = [
         _scaled(times * a.scale * b.scale, y)
@@ -724,6 +757,33 @@ def covariance(
         if y is not None
     ]
     return functools.reduce(jnp.add, terms) if terms else None
+
+
+def _together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequence[Term]:
+    """The terms with several of known arrays as one, of their matrix, if that is small."""
+    known_ones = [t for t in terms if t.is_known]
+    if len(known_ones) < 3:
+        return terms
+    first, *others = known_ones
+    axes = [
+        i
+        for i, a in enumerate(first.at)
+        if isinstance(a, int) or not all(_agree(a, t.at[i]) for t in others)
+    ]
+    matrices = []
+    for term in known_ones:
+        for axis in axes:
+            if not isinstance(term.at[axis], int):
+                term = term._written_out(axis, source[axis])
+        order = [*range(rank), *(rank + term.at[axis] for axis in axes)]  # type: ignore[operator]
+        scale = np.full((1,) * len(order), term.scale)
+        matrices.append([scale, *(f.static.transpose(order) for f in term.factors)])  # type: ignore[union-attr]
+    if math.prod(np.broadcast_shapes(*(x.shape for xs in matrices for x in xs))) > MOST_KNOWN:
+        return terms
+    matrix = known(sum(functools.reduce(operator.mul, xs) for xs in matrices))
+    at = tuple(axes.index(i) if i in axes else a for i, a in enumerate(first.at))
+    one = Term(1.0, (matrix,), at, len(axes), once=False)
+    return [one, *(t for t in terms if t not in known_ones)]
 
 
 def variance(form: Form, vary: Callable[[Any], Any], read: Reader) -> Any:
@@ -768,7 +828,7 @@ def _of_pair(
 def _times(x: Any, factors: Sequence[Factor], read: Reader) -> Any:
     """``x`` times factors that have no axes but its own."""
     arrays = (read.numbers(f) for f in factors)
-    return functools.reduce(jnp.multiply, (y.reshape(y.shape[: x.ndim]) for y in arrays), x)
+    return functools.reduce(operator.mul, (y.reshape(y.shape[: x.ndim]) for y in arrays), x)
 
 
 def _depends(f: Factor, axes: Iterable[int]) -> bool:
@@ -812,7 +872,7 @@ def _sum_over_source(
             same = arrays.setdefault((id(f), *labels), [])
             same.append(_operand(f, labels, read))
     operands: list[tuple[Any, Sequence[int]]] = [
-        (functools.reduce(jnp.multiply, [x for x, _ in same]), same[0][1])
+        (functools.reduce(operator.mul, [x for x, _ in same]), same[0][1])
         for same in arrays.values()
     ]
     for mask in masks:

@@ -358,7 +358,7 @@ class Images:
             form = Form(shape, {})
             for i in active:
                 x = eqn.inputs[i]
-                if x not in through.operands:
+                if x not in through.depends[k]:
                     continue
                 slope = _slope_of_loop(eqn, i, k).reshaped(shape)
                 form = form.plus(self.of(x).reshaped(block.view(block.spans[x])).times(slope))

@@ -6,7 +6,7 @@ broadcast of a softmax or a normalisation over segments, and belong to blocks as
 ``broadcast_in_dim`` do.
 """
 
-from collections import Counter
+import itertools
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def segmented(
     if not any(isinstance(rules[eqn], Scatter) for eqn in candidates):
         return {}
     found = _by_ids(program, candidates)
-    meeting = _meeting(rules, found)
+    meeting = _meeting(rules, found, active)
     ids = {found[eqn].ids for eqn in meeting}
     return {
         eqn: each._replace(ends=isinstance(rules[eqn], Scatter) and eqn not in meeting)
@@ -89,19 +89,33 @@ def segmented(
     }
 
 
-def _meeting(rules: Mapping[Equation, Any], found: dict[Equation, Segmented]) -> set[Equation]:
-    """The scatters whose sums are taken back by their ids, or meet another sum by them."""
+def _meeting(
+    rules: Mapping[Equation, Any], found: dict[Equation, Segmented], active: Container[Value]
+) -> set[Equation]:
+    """The scatters whose sums are taken back by their ids, or meet another sum by them.
+
+    Two sums meet if what they add up are pointwise functions of one value.
+    """
     meeting: set[Equation] = set()
     sums: dict[Any, frozenset[Equation]] = {}  # that a value is a pointwise function of
+    origins: dict[Any, frozenset[Value]] = {}  # the values that it is one of
     for eqn, rule in rules.items():
+        of = (origins.get(v, frozenset([v])) for v in eqn.inputs if v in active)
+        origin = frozenset[Value]().union(*of)
+        if isinstance(rule, Pointwise | View | Join) or eqn in found:
+            origins.update(dict.fromkeys(eqn.outputs, origin))
         read = frozenset[Equation]().union(*(sums.get(v, ()) for v in eqn.inputs))
-        count = Counter(found[each].ids for each in read)
         if isinstance(rule, Scatter):
             read = frozenset([eqn] if eqn in found else [])
         elif eqn in found:
             meeting.update(each for each in read if found[each].ids == found[eqn].ids)
         elif isinstance(rule, Pointwise):
-            meeting.update(each for each in read if count[found[each].ids] > 1)
+            meeting.update(
+                a
+                for a, b in itertools.permutations(read, 2)
+                if found[a].ids == found[b].ids
+                and not origins[a.outputs[0]].isdisjoint(origins[b.outputs[0]])
+            )
         if isinstance(rule, Pointwise | View | Join | Scatter):
             sums.update(dict.fromkeys(eqn.outputs, read))
     return meeting

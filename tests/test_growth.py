@@ -102,8 +102,17 @@ def upwind(x, y, p):
     return x.at[:, 1:].add(0.1 * jnp.sin(x)[:, :-1]), y
 
 
+def advection(x, y, p):
+    return x.at[:, 1:].add(0.1 * x[:, :-1]), y
+
+
+def diffusion(x, y, p):
+    return x + 0.1 * (jnp.roll(x, 1, -1) + jnp.roll(x, -1, -1) - 2 * x), y
+
+
 STEPS = [softmax, two_softmaxes, layer_norm, standardise, rms_norm, sinkhorn, adagrad]
 STEPS += [gradient_flow, segment_softmax, rolled_softmax, reaction_diffusion, upwind]
+STEPS += [advection, diffusion]
 STEPS += [mirror_descent, gradient_descent, sum_of_softmaxes, pointwise, new_parameters]
 
 
