@@ -128,6 +128,25 @@ def of_sequences_after_a_layer(p):
     return of_sequences(p["w"] - 0.1 * jnp.sin(p["w"]))
 
 
+def after_a_loop(w):
+    v = A[:1] @ jax.nn.elu(w)
+    y = fori_loop(0, 3, lambda _, y: jnp.tanh(y + 0.1 * v), v)
+    return (y * jax.nn.logsumexp(jnp.tanh(v), 1, keepdims=True)).sum()
+
+
+def of_two_products(w):
+    a, b = (segment_sum(each @ w, labels, 3) for each in (X, chosen))
+    return (jnp.sin(a) * jnp.cos(b)).sum()
+
+
+def in_a_loop_of_two(p):
+    def step(_, carry):
+        return 0.5 * (p["a"] - carry[0]), 0.5 * p["b"]
+
+    a, b = fori_loop(0, 4, step, (p["a"], jnp.ones_like(p["b"])))
+    return (jnp.exp(a) * b**2).sum()
+
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -165,6 +184,7 @@ LINES = {
         ),
     ],
     "An image, and what a loop with affine steps makes of it": [
+        (in_a_loop_of_two, {"a": x[:1], "b": x}),
         (lambda x: scan(lambda c, t: (c + t * x, None), jnp.zeros(4), STEPS)[0] @ A @ x, x),
         (lambda x: (y := fori_loop(0, 3, lambda _, y: 0.5 * y + x, x)) @ A @ y, x),
         (lambda x: jax.nn.logsumexp(X @ fori_loop(0, 3, lambda _, y: y - x[0], x) - X @ x), x),
@@ -209,6 +229,7 @@ LINES = {
         (lambda w: (jnp.zeros((3, 4)).at[labels, PLACES].add(X @ w) ** 2).sum(), x),
         (lambda w: jnp.exp(w.at[1:3].add(2 * w[:2]) * w).sum(), x),
         (lambda w: jnp.exp(w.at[1].add(w[0]) * w).sum(), x),
+        (of_two_products, B),
         (lambda w: jnp.exp(W.at[:, labels[:3]].add(w) * w.at[0].subtract(w[1])).sum(), W),
     ],
     "Entries of an image chosen or moved, beside something curved in it": [
@@ -257,6 +278,15 @@ LINES = {
         (lambda w: jnp.sum((jax.nn.softmax(w) @ B) ** 2), x),
         (lambda w: -jnp.log(jnp.abs(X) @ jax.nn.softmax(w)).sum(), x),
         (lambda w: ((X @ (w / jnp.linalg.norm(w)) - 1) ** 2).sum(), x),
+    ],
+    "One sum of functions of single entries, and what is made of it in any block": [
+        (lambda w: (jnp.tanh(v := jnp.sin(w).sum(0)) * v.sum() ** 2).sum(), W),
+        (lambda w: (jnp.tanh(v := A[0] @ jax.nn.elu(w)) * v.max()).sum(), A),
+        (after_a_loop, A),
+        (
+            lambda w: jnp.logaddexp(v := (X.T * jnp.cos(w)).sum(1), 2 * jnp.cumsum(v)).sum() ** 2,
+            x[:, None],
+        ),
     ],
     "An axis of size 1": [
         (lambda w: ((jax.nn.softmax(w) @ B[:, :1] - 0.3) ** 2).sum(), x),
