@@ -747,7 +747,10 @@ def by_jvp(eqn: Any, operands: list[Series]) -> list[Series]:
 
     def derivatives(d: Any, dd: Any) -> Any:
         def first(xs: Any, d: Any) -> Any:
-            return jax.jvp(function, xs, d)[1]
+            if eqn.primitive.name != "custom_vjp_call":
+                return jax.jvp(function, xs, d)[1]
+            results, back = jax.vjp(function, *xs)  # JAX has the derivative of its rule alone
+            return jax.linear_transpose(back, results)(d)[0]
 
         return jax.jvp(first, (xs, d), (d, dd))
 
