@@ -44,7 +44,7 @@ from hesscale_jax.forms import (
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import Multilinear, product_frame
-from hesscale_jax.rules.selection import Selection
+from hesscale_jax.rules.selection import Selection, extremum
 
 __all__ = ["Images", "Part"]
 
@@ -649,6 +649,16 @@ def _reduce_sum(eqn: Equation, x: Form) -> list[Form]:
     return [x.summed(eqn.params["axes"]).reshaped(_shape(eqn))]
 
 
+def _reduce_extremum(eqn: Equation, x: Form) -> list[Form]:
+    (operand,), (y,) = eqn.inputs, eqn.outputs
+
+    def taken(x: Any, y: Any) -> Any:
+        return extremum.weights(eqn, [x], y)
+
+    by = combined(taken, x.shape, of_atom(operand), of_atom(y))
+    return [x.times(by).summed(eqn.params["axes"]).reshaped(_shape(eqn))]
+
+
 def _psum(eqn: Equation, x: Form, *others: Form | None) -> list[Form] | None:
     axes = eqn.params["axes"]
     if others or not all(isinstance(axis, int) for axis in axes):
@@ -786,6 +796,28 @@ def _replace(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] 
     return [x.times(combined(kept, _shape(eqn), *indices))]
 
 
+def _sort(eqn: Equation, *operands: Form | None) -> list[Form]:
+    shape, p = _shape(eqn), eqn.params
+
+    def order(*arrays: Any) -> Any:
+        at = lax.broadcasted_iota("int32", shape, p["dimension"])
+        return lax.sort((*arrays, at), p["dimension"], p["is_stable"], p["num_keys"])[-1]
+
+    index = combined(order, shape, *map(of_atom, eqn.inputs))
+    empty = Form(shape, {})
+    return [_in_order(x or empty, p["dimension"], index) for x in operands]
+
+
+def _top_k(eqn: Equation, x: Form) -> list[Form]:
+    return [_in_order(x, eqn.params.get("axis", -1) % len(x.shape), of_atom(eqn.outputs[1]))]
+
+
+def _in_order(x: Form, dim: int, index: Factor) -> Form:
+    """At positions along one axis, which differ along the others."""
+    axes = range(len(x.shape))
+    return x.taken(axes, [index if i == dim else _counted(index.shape, i) for i in axes])
+
+
 def _tile(eqn: Equation, x: Form) -> list[Form]:
     for dim, (n, size) in enumerate(zip(x.shape, _shape(eqn), strict=True)):
         if size != n:
@@ -803,6 +835,8 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "gather": _gather,
     "pad": _pad,
     "psum": _psum,
+    "reduce_max": _reduce_extremum,
+    "reduce_min": _reduce_extremum,
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
     "rev": _rev,
@@ -810,10 +844,12 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "scatter-add": _scatter_add,
     "scatter-sub": _scatter_add,
     "slice": _slice,
+    "sort": _sort,
     "split": _split,
     "squeeze": _reshape,
     "stack": _stack,
     "tile": _tile,
+    "top_k": _top_k,
     "transpose": _transpose,
     "unstack": _unstack,
 }

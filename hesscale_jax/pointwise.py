@@ -628,6 +628,7 @@ class BlockArithmetic:
         if self._along is not None and self._along.axis in axes:
             rows = self._rows()
             x = lax.convert_element_type(x, self._dtype)
+            x = jnp.broadcast_to(x, x.shape or (1,) * len(self._frame))
             return self._along.taken(self._along.added(x, rows), rows)
         present = [i for i in axes if jnp.ndim(x) and x.shape[i] != 1]
         absent = functools.reduce(

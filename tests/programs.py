@@ -1003,6 +1003,9 @@ ROWS = (
     "jax.lax.fori_loop(0, 3, lambda _, y: 0.5 * y + {0}, {0})",
     "jax.lax.fori_loop(0, 3, lambda _, y: 0.5 * y - {0}[{1}][None], jnp.zeros({0}.shape))",
     "jax.lax.map(lambda y: 2.0 * y + 1.0, {0})",
+    "jnp.sort({0}, 0)",
+    "jax.lax.top_k({0}.T, {0}.shape[0])[0].T",
+    "jnp.zeros({0}.shape) + jnp.max({0}, 0, keepdims=True)",
 )
 
 

@@ -128,6 +128,32 @@ def of_sequences_after_a_layer(p):
     return of_sequences(p["w"] - 0.1 * jnp.sin(p["w"]))
 
 
+def distances_by_products(r):
+    squares = jnp.diag(products := r @ r.T)
+    return jnp.sqrt(squares[:, None] + squares[None] - 2 * products + 1).sum()
+
+
+def of_the_rest(p):
+    first, second = jax.lax.sort(((X @ p["w"])[:, 0], (X @ p["w"])[:, 1]), num_keys=1)
+    return (jnp.diff(first) * jnp.diff(second)).sum() ** 2
+
+
+def simplex(z):
+    """The projection on the simplex: sparsemax by its algorithm."""
+    ordered, count = jnp.sort(z)[::-1], jnp.arange(1.0, 5.0)
+    sums = jnp.cumsum(ordered)
+    size = (1 + count * ordered > sums).astype(z.dtype).sum()
+    threshold = (sums[size.astype("int32") - 1] - 1) / size
+    return jnp.maximum(z - threshold, 0.0)
+
+
+def partial_likelihood(w):
+    """Cox's, of events in order."""
+    risk = X @ w
+    risk = risk - jax.lax.stop_gradient(risk.max())
+    return (jnp.log(jnp.cumsum(jnp.exp(risk)[::-1])[::-1]) - risk).sum()
+
+
 def after_a_loop(w):
     v = A[:1] @ jax.nn.elu(w)
     y = fori_loop(0, 3, lambda _, y: jnp.tanh(y + 0.1 * v), v)
@@ -243,7 +269,22 @@ LINES = {
         (lambda w: (jnp.sin(a := X @ w) * a[jnp.argmax(w).astype("int32")][None]).sum(), x),
         (lambda w: (rows(a := B.T @ w + 1) ** 2 * jnp.log(rows(jnp.exp(a[::-1])))).sum(), B),
     ],
+    "Entries in order, and the largest": [
+        (lambda w: ((jnp.sort(X @ w) - jnp.arange(5.0)) ** 2).sum(), x),
+        (lambda w: jnp.sort(jax.nn.logsumexp(X @ w, -1))[-2:].mean() ** 2, B),
+        (lambda w: jnp.median(X @ w) * jnp.tanh(X @ w).sum(), x),
+        (lambda w: jnp.sin(jax.lax.top_k(X @ w, 2)[0].prod()) * (X @ w).sum(), x),
+        (of_the_rest, {"w": B}),
+        (lambda w: (simplex(w) ** 3).sum(), x),
+        (lambda w: jnp.exp(X @ w - (X @ w).max()).sum() ** 2, x),
+    ],
+    "A cumulative sum of what a block makes": [
+        (partial_likelihood, x),
+        (lambda p: partial_likelihood(p["w"][:, 0]), {"w": B}),
+    ],
     "One value at several places of a block": [
+        (distances_by_products, pairs),
+        (lambda w: (w.T @ w / jnp.outer(n := jnp.sqrt(jnp.diag(w.T @ w) + 1), n)).sum() ** 2, W),
         (distances, pairs),
         (lambda w: (w * w.T * W).sum(), W),
         (lambda w: jnp.tanh((w + w.T) / 2).sum(), W),

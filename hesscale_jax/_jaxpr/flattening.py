@@ -37,6 +37,8 @@ from hesscale_jax._jaxpr.program import (
 from hesscale_jax._jaxpr.rewriting import (
     ENTRYWISE,
     FEW,
+    IMAGES,
+    PRODUCTS,
     REDUCES,
     REDUCTIONS,
     SCATTERS,
@@ -116,6 +118,7 @@ class _Builder:
         self._inputs = frozenset(inputs)
         self._one_result = apart
         self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
+        self._images = set(inputs)  # what is affine in the inputs
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
@@ -233,10 +236,16 @@ class _Builder:
         return [*carry, *(self._stack(0, list(parts), callers, region) for parts in stacked)]
 
     def _branch(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
-        """The branch that a ``cond`` takes, if it is known by a number."""
-        if eqn.primitive.name != "cond" or (which := self._numbers.of(inputs[0])) is None:
+        """The branch that a ``cond`` takes, if it is known by a number, or is that of any device.
+
+        ``jnp.diagonal`` has another within kernels (``mosaic``), where no loss is differentiated.
+        """
+        if eqn.primitive.name != "cond":
             return None
-        return as_closed(eqn.params["branches"][int(which)])
+        platforms = eqn.params.get("branches_platforms") or ()
+        of_devices = [i for i, names in enumerate(platforms) if names != ("mosaic",)]
+        which = of_devices[0] if len(of_devices) == 1 else self._numbers.of(inputs[0])
+        return None if which is None else as_closed(eqn.params["branches"][int(which)])
 
     def _selections_first(self, eqn: Any, inputs: Sequence[Any]) -> core.ClosedJaxpr | None:
         """A loop, after what each of its steps selects alike."""
@@ -368,9 +377,9 @@ class _Builder:
         )
 
     def _weighs(self, eqn: Any, inputs: Sequence[Any]) -> bool:
-        """Whether a ``dot_general`` adds up what was computed, weighted by a constant vector.
+        """Whether a ``dot_general`` adds up something curved, weighted by a constant vector.
 
-        Or by a small matrix, if what was computed is a vector.
+        Or by a small matrix, if what is curved is a vector.
         """
         moves = [isinstance(x, Value) and x in self._moving for x in inputs]
         if all(moves) or not any(moves):
@@ -383,7 +392,7 @@ class _Builder:
         entries = math.prod(eqn.invars[1 - at].aval.shape)
         small = isinstance(entries, int) and entries <= SMALL
         weighs = counts[1 - at] == 1 or (counts[at] == 1 and small)
-        return weighs and not self._is_given(inputs[at])
+        return weighs and inputs[at] not in self._images
 
     def _is_given(self, x: Any) -> bool:
         """Whether a value is an input, or one in another dtype."""
@@ -426,7 +435,16 @@ class _Builder:
         moves = not self._moving.isdisjoint(v for v in inputs if isinstance(v, Value))
         if moves and new.name != "stop_gradient":
             self._moving.update(filter(is_inexact, outputs))
+            if self._is_linear(new):
+                self._images.update(outputs)
         return new.outputs
+
+    def _is_linear(self, eqn: Equation) -> bool:
+        """Whether an equation is affine in the inputs."""
+        moving = [i for i, v in enumerate(eqn.inputs) if isinstance(v, Value) and v in self._moving]
+        linear = len(moving) == 1 or eqn.name not in PRODUCTS
+        linear = linear and (eqn.name != "div" or moving == [0])
+        return linear and eqn.name in IMAGES and all(eqn.inputs[i] in self._images for i in moving)
 
     # Complex values: in parts where they may depend on an input, else as they are
 

@@ -15,7 +15,9 @@ from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
 __all__ = [
     "ENTRYWISE",
     "FEW",
+    "IMAGES",
     "MOVES_ENTRIES",
+    "PRODUCTS",
     "REDUCES",
     "REDUCTIONS",
     "SCATTERS",
@@ -65,6 +67,12 @@ SCATTERS: dict[str, tuple[Any, int]] = {
     "scatter-mul": (lax.mul, 1),
     "scatter-sub": (lax.add, 0),
 }
+
+# Linear in what moves: in several operands, but for the products.
+PRODUCTS = frozenset({"conv_general_dilated", "div", "dot_general", "mul", "select_n"})
+IMAGES = MOVES_ENTRIES | SELECTS | PRODUCTS
+IMAGES |= {"concatenate", "cumsum", "expand_dims", "pad", "reduce_sum", "reshape", "rev"}
+IMAGES |= {"scatter-add", "scatter-sub", "split", "squeeze", "stack", "transpose", "unstack"}
 
 # The most equations that a loop is written out to, those without derivatives by the quarter.
 SHORT = 512

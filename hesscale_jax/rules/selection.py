@@ -275,7 +275,8 @@ def _picked(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
         index = jnp.clip(index, 0, x.shape[axis] - 1)
     along = [paired[i] for i in range(indices.ndim) if i in paired]
     index = lax.broadcast_in_dim(index, x.shape, along)
-    dtype = jnp.promote_types(index.dtype, jnp.int32)  # Small integers do not count up to any size.
+    # Small integers do not count up to any size.
+    dtype = index.dtype if index.dtype.itemsize >= 4 else np.dtype("int32")
     positions = lax.broadcasted_iota(dtype, x.shape, axis)
     return lax.eq(positions, lax.convert_element_type(index, dtype))
 
