@@ -167,8 +167,16 @@ def _clamp(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[i
     return {i: taken[i] for i in positions}, {}
 
 
-def _division(a: Any, b: Any, y: Any) -> Curvatures:
-    return {(0, 1): -1 / (b * b), (1, 1): 2 * y / (b * b)}
+def _div(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
+    """``y = a / b``: 1 / b and -y / b; -1 / b^2 in both, and 2 y / b^2."""
+    inverse = 1 / operands[1]
+    slopes, curvatures = {0: inverse}, {}
+    if 1 in positions:
+        slopes[1] = -y * inverse
+        curvatures[1, 1] = -2 * slopes[1] * inverse
+    if len(positions) == 2:
+        curvatures[0, 1] = -inverse * inverse
+    return {i: slopes[i] for i in positions}, curvatures
 
 
 nested = Pointwise(_nested, own_jvp=True, cuts=True)
@@ -190,5 +198,5 @@ square = unary(lambda x, y: (2 * x, 2.0))
 erf = unary(_erf)
 
 mul = binary(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): 1.0}, lambda at: len(at) == 1)
-div = binary(lambda a, b, y: (1 / b, -y / b), _division, lambda at: tuple(at) == (0,))
+div = Pointwise(_div, affine=lambda at: tuple(at) == (0,))
 extremum = Pointwise(_extremum, cuts=True)
