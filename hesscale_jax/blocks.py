@@ -33,6 +33,7 @@ what is read at every step lies along them, and nothing that a step hands on tak
 either. What is scanned over enters step by step, and has no place in the frame.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -425,30 +426,93 @@ def plan(
 def _read_again(
     rules: dict[Equation, Any], blocks: dict[Equation, Block], active: frozenset[Value]
 ) -> Iterator[Value]:
-    """The sums from which a block makes several values that another one reads.
+    """The values that blocks are to end with, since another block reads them again.
 
-    Where a block makes nothing of its one sum but at the sum's own entries, the sum's readers lose
-    nothing if they are in a block of their own; and there, all of them know how they vary together.
+    Two blocks that share a value do not know how what one makes of it varies with it. If all that
+    the first makes for the other is made of one value with independent entries, nothing is lost
+    where it begins anew after that; and there both know.
     """
+    members: dict[Block, list[Equation]] = {}
+    for eqn, block in blocks.items():
+        members.setdefault(block, []).append(eqn)
     made = {v: block for eqn, block in blocks.items() for v in eqn.outputs}
-    sums: dict[Block, list[Value]] = {}
-    later: dict[Block, set[Value]] = {}  # what a block makes of its sums
+    read: dict[Block, set[Value]] = {}  # from elsewhere
     for eqn, block in blocks.items():
-        after = later.setdefault(block, set())
-        if isinstance(rules[eqn], Reduction):
-            sums.setdefault(block, []).extend(eqn.outputs)
-        if isinstance(rules[eqn], Reduction) or not after.isdisjoint(eqn.inputs):
-            after.update(active.intersection(eqn.outputs))
-    read: dict[tuple[Block, Block], set[Value]] = {}
-    for eqn, block in blocks.items():
-        for v in active.intersection(eqn.inputs):
-            if v in made and made[v] is not block and v in later[made[v]]:
-                read.setdefault((made[v], block), set()).add(v)
-    for (block, _), values in read.items():
-        if len(values) == 1 or len(sums[block]) > 1 or block.cut:
-            continue
-        if all(v in block.spans and block.leaves_clean(v) for v in later[block]):
-            yield from sums[block]
+        others = (v for v in active.intersection(eqn.inputs) if made.get(v) is not block)
+        read.setdefault(block, set()).update(others)
+    for block, equations in members.items():
+        if not (block.cut or block.along):
+            parted = _Parted(block, equations, rules, active)
+            yield from parted.ends(read, made)
+
+
+class _Parted(NamedTuple):
+    """A block, if it ended with one of its values."""
+
+    block: Block
+    equations: list[Equation]
+    rules: dict[Equation, Any]
+    active: frozenset[Value]
+
+    def ends(self, read: dict[Block, set[Value]], made: dict[Value, Block]) -> Iterator[Value]:
+        own = {v for eqn in self.equations for v in eqn.outputs}
+        later = [values for values in read.values() if not values.isdisjoint(own)]
+        for handed_on in (values & own for values in later):
+            if len(handed_on) > 1:
+                yield from self._last(self.equations, handed_on)
+
+        def origins(values: Iterable[Value]) -> set[Any]:
+            return {made.get(v, v) for v in values}
+
+        here = read[self.block]
+        before = {made[v] for v in here if v in made}
+        meets = len(before) > 1 or any(read[block] & here for block in before)
+        if meets or any(origins(values) & origins(here) for values in later):
+            first = (e for e in self.equations if own.isdisjoint(e.inputs))
+            yield from self._last([e for e in first if isinstance(self.rules[e], Reduction)], set())
+
+    def _last(self, equations: list[Equation], handed_on: set[Value]) -> Iterator[Value]:
+        found = (
+            v
+            for eqn in reversed(equations)
+            for v in eqn.outputs
+            if v in self.block.spans and self.is_apart(v, handed_on)
+        )
+        yield from itertools.islice(found, 1)
+
+    def is_apart(self, end: Value, handed_on: set[Value]) -> bool:
+        """Whether these are made of the value, and it of other sources than what is beside it."""
+        before, first = {end}, [e for e in self.equations if end in e.outputs]
+        for eqn in reversed(self.equations):
+            if not before.isdisjoint(eqn.outputs):
+                before |= self.active.intersection(eqn.inputs)
+                first.append(eqn)
+        if not self._is_independent(
+            end, before - {v for e in self.equations for v in e.outputs}, first
+        ):
+            return False
+        beside, after = before - {end}, {end}
+        for eqn in self.equations:
+            operands = self.active.intersection(eqn.inputs)
+            if end in eqn.outputs:
+                continue
+            if after.isdisjoint(operands):
+                if not beside.isdisjoint(operands):
+                    beside.update(eqn.outputs)
+                continue
+            if not beside.isdisjoint(operands - after):
+                return False
+            after.update(eqn.outputs)
+        return handed_on <= after
+
+    def _is_independent(self, end: Value, sources: set[Value], equations: list[Equation]) -> bool:
+        """Whether no two entries of the value are made of one entry of its sources."""
+        spans, axes_along = self.block.spans, self.block.axes_along
+        axes = set(axes_along(spans[end]))
+        if not all(x in spans and axes.issubset(axes_along(spans[x])) for x in sources):
+            return False
+        reduces = any(isinstance(self.rules[eqn], Reduction) for eqn in equations)
+        return not reduces or self.block.leaves_clean(end)
 
 
 # Paths
@@ -734,7 +798,7 @@ class _Grouping:
                     self._waiting.remove(value)
                     self._level[value] = level
                     self._levels[self._maker[value]] = level, level
-                block = self._joined(eqn, rule, operands, level)
+                block, level = self._joined(eqn, rule, operands, level)
             if block is None:
                 starts = fits and not isinstance(rule, View | Join)
                 moves = isinstance(rule, Selection) and not starts
@@ -794,25 +858,36 @@ class _Grouping:
         if low < high:
             self._lowest = min(self._lowest, low)
 
-    def _joined(self, eqn: Equation, rule: Any, operands: list[Value], level: int) -> Block | None:
-        """The block that an equation joins, one of the same level first."""
+    def _joined(
+        self, eqn: Equation, rule: Any, operands: list[Value], level: int
+    ) -> tuple[Block | None, int]:
+        """The block that an equation joins, one of the same level first, and the result's level."""
         placed = (v for v in operands if v in self._placed)
         made = {v: b for v in placed if isinstance(b := self._made_by(v), Block)}
         here = {v: block for v, block in made.items() if self._level[v] == level}
-        # Whose entries share sources, by way of a reduction: cut off there, terms would be lost.
-        bound = {v: b for v, b in made.items() if v in self._reducing and not b.leaves_clean(v)}
-        choices = [here | bound, bound, here] if isinstance(rule, Pointwise) and bound else [here]
+        choices = [here]
+        if isinstance(rule, Pointwise):
+            # Their entries share sources, by way of a reduction: cut off, terms would be lost.
+            bound = {v: b for v, b in made.items() if v in self._reducing and not b.leaves_clean(v)}
+            # Read by blocks that are here: before, it was not known where these lie.
+            read = set[Unit]().union(*map(self._made_before, set(here.values())))
+            near = {v: b for v, b in made.items() if b in read and v not in here}
+            choices = [here | bound, bound, here] if bound else [here]
+            if near:
+                lower = max(self._level.get(v, 0) for v in operands if v not in here)
+                with contextlib.suppress(DoesNotFit):
+                    return self._join(eqn, rule, operands, here | near), lower
         for i, homes in enumerate(choices):
             if homes in choices[:i]:
                 continue
             try:
-                return self._join(eqn, rule, operands, homes)
+                return self._join(eqn, rule, operands, homes), level
             except ComesBeforeItself:
                 if self._part_off(set(homes.values()), operands):
                     return self._joined(eqn, rule, operands, level)
             except DoesNotFit:
                 continue
-        return None
+        return None, level
 
     def _part_off(self, homes: set[Block], operands: list[Value]) -> bool:
         """Make a block of its own of what comes before one of these, by way of others.

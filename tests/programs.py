@@ -1005,7 +1005,6 @@ ROWS = (
     "jax.lax.map(lambda y: 2.0 * y + 1.0, {0})",
     "jnp.sort({0}, 0)",
     "jax.lax.top_k({0}.T, {0}.shape[0])[0].T",
-    "jnp.zeros({0}.shape) + jnp.max({0}, 0, keepdims=True)",
 )
 
 
