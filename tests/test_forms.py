@@ -329,6 +329,16 @@ LINES = {
             x[:, None],
         ),
     ],
+    "A scalar that is read along several axes": [
+        (lambda s: (jnp.logaddexp(B[:1], y := jnp.sin(s)) * (B * y)).sum(), x[:1, None]),
+        (lambda s: ((1 + B[:1] ** 2) ** (y := jnp.sqrt(1 + s**2)) * jnp.atan2(y, B)).sum(), x[0]),
+        (
+            lambda s: (
+                (B[:1] ** 2 + 1) ** jnp.tanh(s) * jnp.tan(B / 9 + s) / (2 + s**-2) ** 2
+            ).sum(),
+            x[0],
+        ),
+    ],
     "An axis of size 1": [
         (lambda w: ((jax.nn.softmax(w) @ B[:, :1] - 0.3) ** 2).sum(), x),
         (lambda w: ((jax.nn.softmax(w)[None] @ B[:, :1] - 0.3) ** 2).sum(), x),
