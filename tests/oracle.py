@@ -86,8 +86,14 @@ def is_finite(grads: Sequence[Any]) -> bool:
     return all(np.isfinite(x).all() for x in grads)
 
 
-def assert_close(received: Sequence[Any], expected: Sequence[Any], rtol: float, what: str) -> None:
-    scale = max(FLOOR, *(np.max(np.abs(x), initial=0) for x in expected))
+def assert_close(
+    received: Sequence[Any],
+    expected: Sequence[Any],
+    rtol: float,
+    what: str,
+    floor: float = FLOOR,
+) -> None:
+    scale = max(floor, *(np.max(np.abs(x), initial=0) for x in expected))
     for i, (got, want) in enumerate(zip(received, expected, strict=True)):
         np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale, err_msg=f"{what} {i}")
         assert np.isfinite(got).all(), f"{what} {i} is not finite"
