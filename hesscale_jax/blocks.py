@@ -86,6 +86,9 @@ Spans = tuple[Span, ...]  # one per dimension of a value
 
 NOTHING = Span(1, 1)
 
+# How often blocks are looked at again for where they are to end, and how many values are tried.
+ROUNDS, TRIED = 8, 64
+
 # The covariance of each pair of a block's reductions is written out. A block of more reductions
 # that share a source than WHOLE is cut to parts of no more than PART.
 WHOLE, PART = 8, 3
@@ -415,12 +418,14 @@ def plan(
     found = {eqn: _through(eqn, active, find) for eqn, rule in rules.items() if rule is scan}
     loops = {eqn: through for eqn, through in found.items() if through is not None}
     ends: set[Value] = set()
-    while True:
-        blocks = _Grouping(active, segments, loops, ends).run(rules)
+    blocks = _Grouping(active, segments, loops, ends).run(rules)
+    for _ in range(ROUNDS):
         more = set(_read_again(rules, blocks, active)) - ends
         if not more:
-            return Plan(active, rules, blocks, segments, loops)
+            break
         ends |= more
+        blocks = _Grouping(active, segments, loops, ends).run(rules)
+    return Plan(active, rules, blocks, segments, loops)
 
 
 def _read_again(
@@ -455,11 +460,12 @@ class _Parted(NamedTuple):
     active: frozenset[Value]
 
     def ends(self, read: dict[Block, set[Value]], made: dict[Value, Block]) -> Iterator[Value]:
+        """Where it is to end, for what each block reads from elsewhere, and what makes values."""
         own = {v for eqn in self.equations for v in eqn.outputs}
         later = [values for values in read.values() if not values.isdisjoint(own)]
         for handed_on in (values & own for values in later):
             if len(handed_on) > 1:
-                yield from self._last(self.equations, handed_on)
+                yield from self._last(reversed(self.equations), handed_on)
 
         def origins(values: Iterable[Value]) -> set[Any]:
             return {made.get(v, v) for v in values}
@@ -468,16 +474,14 @@ class _Parted(NamedTuple):
         before = {made[v] for v in here if v in made}
         meets = len(before) > 1 or any(read[block] & here for block in before)
         if meets or any(origins(values) & origins(here) for values in later):
-            first = (e for e in self.equations if own.isdisjoint(e.inputs))
-            yield from self._last([e for e in first if isinstance(self.rules[e], Reduction)], set())
+            first = (e for e in reversed(self.equations) if own.isdisjoint(e.inputs))
+            sums = (e for e in first if isinstance(self.rules[e], Reduction))
+            yield from self._last(sums, set())
 
-    def _last(self, equations: list[Equation], handed_on: set[Value]) -> Iterator[Value]:
-        found = (
-            v
-            for eqn in reversed(equations)
-            for v in eqn.outputs
-            if v in self.block.spans and self.is_apart(v, handed_on)
-        )
+    def _last(self, equations: Iterable[Equation], handed_on: set[Value]) -> Iterator[Value]:
+        """The first of some equations' results after which it may end, if it is soon found."""
+        results = (v for eqn in equations for v in eqn.outputs if v in self.block.spans)
+        found = (v for v in itertools.islice(results, TRIED) if self.is_apart(v, handed_on))
         yield from itertools.islice(found, 1)
 
     def is_apart(self, end: Value, handed_on: set[Value]) -> bool:
@@ -487,9 +491,8 @@ class _Parted(NamedTuple):
             if not before.isdisjoint(eqn.outputs):
                 before |= self.active.intersection(eqn.inputs)
                 first.append(eqn)
-        if not self._is_independent(
-            end, before - {v for e in self.equations for v in e.outputs}, first
-        ):
+        own = {v for eqn in self.equations for v in eqn.outputs}
+        if not self._is_independent(end, before - own, first):
             return False
         beside, after = before - {end}, {end}
         for eqn in self.equations:
