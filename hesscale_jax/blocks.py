@@ -509,13 +509,15 @@ class _Parted(NamedTuple):
         return handed_on <= after
 
     def _is_independent(self, end: Value, sources: set[Value], equations: list[Equation]) -> bool:
-        """Whether no two entries of the value are made of one entry of its sources."""
+        """Whether no two entries of the value are made of one entry of its sources.
+
+        Those of a sum may be, as those of a product are.
+        """
+        if any(isinstance(self.rules[eqn], Reduction) for eqn in equations):
+            return self.block.leaves_clean(end)
         spans, axes_along = self.block.spans, self.block.axes_along
         axes = set(axes_along(spans[end]))
-        if not all(x in spans and axes.issubset(axes_along(spans[x])) for x in sources):
-            return False
-        reduces = any(isinstance(self.rules[eqn], Reduction) for eqn in equations)
-        return not reduces or self.block.leaves_clean(end)
+        return all(x in spans and axes.issubset(axes_along(spans[x])) for x in sources)
 
 
 # Paths
