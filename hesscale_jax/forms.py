@@ -43,6 +43,7 @@ __all__ = [
     "of_atom",
     "placed",
     "side_by_side",
+    "together",
     "variance",
 ]
 
@@ -189,7 +190,7 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     """``of_a * a + of_b * b``, of the same shape."""
     x, y = (f.base or f for f in (a, b))
     x, y = (x, y) if x.shape == y.shape else (a, b)
-    if x.static is not None and y.static is not None:
+    if x.static is not None and y.static is not None and x.static.size <= MOST_KNOWN:
         return known(of_a * x.static + of_b * y.static).reshaped(a.shape)
 
     def add(read: Reader) -> Any:
@@ -237,7 +238,7 @@ class Term:
     @property
     def is_known(self) -> bool:
         """Whether all of its arrays are."""
-        return all(isinstance(f, int) or f.static is not None for f in (*self.factors, *self.at))
+        return all(f.static is not None for f in (*self.factors, *self.at) if isinstance(f, Factor))
 
     def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
         """With a change of the value's axes, which come first, applied to every array."""
@@ -742,7 +743,7 @@ def covariance(
         return None
     spread, same = read.number(spread), left is right
     left, right = (
-        read.once((_together, *terms), _together, terms, len(shape), spread.shape)
+        read.once((together, *terms), together, terms, len(shape), spread.shape)
         for terms in (left, right)
     )
     if same:
@@ -759,7 +760,7 @@ def covariance(
     return functools.reduce(jnp.add, terms) if terms else None
 
 
-def _together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequence[Term]:
+def together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequence[Term]:
     """The terms with several of known arrays as one, of their matrix, if that is small."""
     known_ones = [t for t in terms if t.is_known]
     if len(known_ones) < 3:
@@ -770,6 +771,12 @@ def _together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequen
         for i, a in enumerate(first.at)
         if isinstance(a, int) or not all(_agree(a, t.at[i]) for t in others)
     ]
+    shapes = (
+        a.shape[:rank] for t in known_ones for a in (*t.factors, *t.at) if isinstance(a, Factor)
+    )
+    entries = math.prod((*np.broadcast_shapes(*shapes), *(source[i] for i in axes)))
+    if entries > MOST_KNOWN:
+        return terms
     matrices = []
     for term in known_ones:
         for axis in axes:
@@ -778,8 +785,6 @@ def _together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequen
         order = [*range(rank), *(rank + term.at[axis] for axis in axes)]  # type: ignore[operator]
         scale = np.full((1,) * len(order), term.scale)
         matrices.append([scale, *(f.static.transpose(order) for f in term.factors)])  # type: ignore[union-attr]
-    if math.prod(np.broadcast_shapes(*(x.shape for xs in matrices for x in xs))) > MOST_KNOWN:
-        return terms
     matrix = known(sum(functools.reduce(operator.mul, xs) for xs in matrices))
     at = tuple(axes.index(i) if i in axes else a for i, a in enumerate(first.at))
     one = Term(1.0, (matrix,), at, len(axes), once=False)
@@ -887,7 +892,9 @@ def _sum_over_source(
                 sizes[label] = max(sizes[label], n)
     numbers = {v.dtype for v in _reads((*a.factors, *b.factors)) if is_inexact(v)}
     dtype = read.within(*numbers) if numbers and read.dtype == jnp.float32 else read.dtype
-    rounded = [(lax.convert_element_type(x, dtype), at) for x, at in operands]
+    rounded = [
+        (x if x.dtype == dtype else lax.convert_element_type(x, dtype), at) for x, at in operands
+    ]
     y = read.number(_product(rounded, [i for i in range(rank) if i not in over], sizes))
     spanned = {i for x, at in operands for n, i in zip(x.shape, at, strict=True) if n != 1}
     alike = math.prod(shape[i] for i in over if i not in spanned)  # entries of each sum

@@ -40,6 +40,7 @@ from hesscale_jax.forms import (
     of_atom,
     placed,
     side_by_side,
+    together,
 )
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
@@ -271,9 +272,19 @@ class Images:
         if eqn.name == "dot_general":
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
-            few = all(len(terms) <= MOST_TERMS for terms in form.of.values())
-            few = few and len(form.of) <= MOST_SOURCES
-            if self._apart.isdisjoint(form.of) and form.of and few and self._is_whole(eqn, form):
+            form = (
+                form
+                if _has_few_terms(form)
+                else Form(
+                    form.shape,
+                    {
+                        x: tuple(together(terms, len(form.shape), x.shape))
+                        for x, terms in form.of.items()
+                    },
+                )
+            )
+            known = form.of and _has_few_terms(form) and self._apart.isdisjoint(form.of)
+            if known and self._is_whole(eqn, form):
                 self._forms[value] = form
         if eqn in self._steps.blocks:
             self._home.update(dict.fromkeys(eqn.outputs, self._steps.blocks[eqn]))
@@ -407,6 +418,11 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
             mixed.update(active)
         read.update(active)
     return read - mixed
+
+
+def _has_few_terms(form: Form) -> bool:
+    counts = map(len, form.of.values())
+    return len(form.of) <= MOST_SOURCES and all(n <= MOST_TERMS for n in counts)
 
 
 def _only_selects(eqn: Equation) -> bool:

@@ -154,6 +154,12 @@ def partial_likelihood(w):
     return (jnp.log(jnp.cumsum(jnp.exp(risk)[::-1])[::-1]) - risk).sum()
 
 
+def after_diffusion(w):
+    for _ in range(6):
+        w = w + 0.1 * (jnp.roll(w, 1) + jnp.roll(w, -1) - 2 * w)
+    return (jnp.sin(w) * w[::-1]).sum()
+
+
 def after_a_loop(w):
     v = A[:1] @ jax.nn.elu(w)
     y = fori_loop(0, 3, lambda _, y: jnp.tanh(y + 0.1 * v), v)
@@ -232,6 +238,7 @@ LINES = {
         (lambda w: jax.nn.logsumexp((X @ w).mean(0)), normal(11, 4, 3)),
         (lambda up: jax.nn.logsumexp(X @ (A + B @ up), -1).sum(), normal(12, 2, 4)),
         (contrastive, {"scale": jnp.array(1.3), "bias": jnp.array(0.2)}),
+        (after_diffusion, x),
     ],
     "Entries of a leaf chosen, moved, repeated and added up": [
         (lambda w: ((jnp.flip(jnp.flip(w)) * w) ** 2).sum(), x),
