@@ -99,8 +99,9 @@ and `jax_remat3`, `jax_scan3`, for a checkpoint and a loop of another kind that 
 
 # What acts while tracing alone, or on compiled functions alone, is tried with those.
 EAGER = ["debug_nans", "debug_infs", "disable_jit", "no x64", "promotion", "rank promotion"]
-EAGER += ["default device", "linearize", "key reuse", "constant folding"]
+SELDOM = ["default device", "linearize", "key reuse", "constant folding"]
 WRAPS = [(name, "jit") for name in FLAGS] + [(name, "not jitted") for name in EAGER]
+WRAPS += [pytest.param(name, "not jitted", marks=pytest.mark.slow) for name in SELDOM]
 
 
 @pytest.mark.parametrize(("name", "wrap"), WRAPS)
@@ -215,7 +216,7 @@ def test_no_tracer_is_left_of_a_module():
             jax.jit(train_step)(state)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["scan", "checkpoint in a scan", "custom_vjp", "custom_jvp"])
 def test_calls_without_jit_keep_nothing(name):
     def call():
         jax.block_until_ready(hs.hesscale(lambda w: jnp.sum(LAYERS[name](X, w) ** 2))(PARAMS["w"]))

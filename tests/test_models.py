@@ -60,7 +60,10 @@ def stacked(state):
     return nnx.State(dict(state) | {"layers": layers})
 
 
-@pytest.mark.parametrize("name", GPTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != GPTS[-1])) for name in GPTS],
+)
 def test_control_flow_makes_no_difference(name):
     looped, other = ZOO["GPT"](), ZOO[name]()
     params, batch = looped.draw(0, jnp.float64)
