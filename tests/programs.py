@@ -865,7 +865,7 @@ def views(rng: random.Random) -> Case:
 
     operations = [lambda program, op=op: op() for op in (reduce, reduce, pick, reshape, broadcast)]
     grow(program, rng.randint(3, 9), (unary, binary, binary, *operations, lambda p: stack()))
-    return case(program, str(program.unread()[-1]))
+    return case(program, str([*program.inputs, *program.unread()][-1]))
 
 
 def segments(rng: random.Random) -> Case:
@@ -915,7 +915,7 @@ def segments(rng: random.Random) -> Case:
 
     by = [lambda program, op=op: op() for op in (reduce, reduce, restore, restore)]
     grow(program, rng.randint(4, 10), (unary, binary, binary, *by))
-    return case(program, str(program.unread()[-1]))
+    return case(program, str([*program.inputs, *program.unread()][-1]))
 
 
 def chain(rng: random.Random) -> Case:
