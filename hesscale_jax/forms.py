@@ -480,14 +480,14 @@ Operand = tuple[Any, Sequence[int]]  # an array, and the labels of its axes
 
 def _folded(operands: Sequence[Operand], kept: Sequence[int]) -> list[Operand]:
     """The operands with those that are known multiplied, if that is small."""
-    known = [(x, at) for x, at in operands if isinstance(x, np.ndarray)]
+    constants = [(x, at) for x, at in operands if isinstance(x, np.ndarray)]
     rest = [(x, at) for x, at in operands if not isinstance(x, np.ndarray)]
-    sizes = {i: n for x, at in known for i, n in zip(at, x.shape, strict=True) if n != 1}
-    if len(known) < 2 or math.prod(sizes.values()) > MOST_KNOWN:
+    sizes = {i: n for x, at in constants for i, n in zip(at, x.shape, strict=True) if n != 1}
+    if len(constants) < 2 or math.prod(sizes.values()) > MOST_KNOWN:
         return list(operands)
     left = sorted(sizes.keys() & {*kept, *(i for _, at in rest for i in at)})
     arguments: list[Any] = []
-    for x, at in known:
+    for x, at in constants:
         there = [i for i, n in zip(at, x.shape, strict=True) if n != 1]
         arguments += [x.reshape([n for n in x.shape if n != 1]), there]
     return [*rest, (np.asarray(np.einsum(*arguments, left)), left)]

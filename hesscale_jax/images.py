@@ -272,19 +272,10 @@ class Images:
         if eqn.name == "dot_general":
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
-            form = (
-                form
-                if _has_few_terms(form)
-                else Form(
-                    form.shape,
-                    {
-                        x: tuple(together(terms, len(form.shape), x.shape))
-                        for x, terms in form.of.items()
-                    },
-                )
-            )
-            known = form.of and _has_few_terms(form) and self._apart.isdisjoint(form.of)
-            if known and self._is_whole(eqn, form):
+            form = _of_few_terms(form)
+            if not form.of or not self._apart.isdisjoint(form.of):
+                continue
+            if self._is_whole(eqn, form):
                 self._forms[value] = form
         if eqn in self._steps.blocks:
             self._home.update(dict.fromkeys(eqn.outputs, self._steps.blocks[eqn]))
@@ -420,9 +411,18 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
     return read - mixed
 
 
-def _has_few_terms(form: Form) -> bool:
-    counts = map(len, form.of.values())
-    return len(form.of) <= MOST_SOURCES and all(n <= MOST_TERMS for n in counts)
+def _of_few_terms(form: Form) -> Form:
+    """With terms of known arrays as one where there are too many; empty if that does not do."""
+
+    def are_few(terms: Sequence[Term]) -> bool:
+        return len(terms) <= MOST_TERMS
+
+    of = {
+        x: terms if are_few(terms) else tuple(together(terms, len(form.shape), x.shape))
+        for x, terms in form.of.items()
+    }
+    few = len(of) <= MOST_SOURCES and all(map(are_few, of.values()))
+    return Form(form.shape, of if few else {})
 
 
 def _only_selects(eqn: Equation) -> bool:

@@ -169,11 +169,12 @@ def _clamp(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[i
 
 def _div(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
     """``y = a / b``: 1 / b and -y / b; -1 / b^2 in both, and 2 y / b^2."""
-    inverse = 1 / operands[1]
+    b = operands[1]
+    inverse = 1 / b  # infinite at smaller numbers than those that -y / b is
     slopes, curvatures = {0: inverse}, {}
     if 1 in positions:
-        slopes[1] = -y * inverse
-        curvatures[1, 1] = -2 * slopes[1] * inverse
+        slopes[1] = -y / b
+        curvatures[1, 1] = -2 * slopes[1] / b
     if len(positions) == 2:
         curvatures[0, 1] = -inverse * inverse
     return {i: slopes[i] for i in positions}, curvatures
