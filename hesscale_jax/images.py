@@ -142,6 +142,7 @@ class Images:
         self._separate = set(self._leaves)
         self.products: dict[Equation, tuple[Form, Form]] = {}
         self._home: dict[Value, Block] = {}  # the block that makes a value
+        self._taken_from: dict[Value, Value] = {}  # selections and sums of a value
         for eqn in steps.rules:
             self._add(eqn)
         self.blocks = dict(self._met_in_blocks())
@@ -202,11 +203,17 @@ class Images:
             if block.cut or block.along:
                 continue
             made = {v for eqn in equations for v in eqn.outputs}
-            if self.last.isdisjoint(made):
-                continue
             reads = dict.fromkeys(v for eqn in equations for v in self._active(eqn))
             # What a loop of the block scans over lies nowhere in it.
             entering = [v for v in reads if v not in made and v in block.spans]
+            if self.last.isdisjoint(made):
+                # Between layers, only what is taken from one leaf: one weight is one number.
+                origins = [self._taken_from.get(v, v) for v in entering]
+                entering = [
+                    v
+                    for v, x in zip(entering, origins, strict=True)
+                    if x in self._leaves and origins.count(x) > 1
+                ]
             met = self._met(block, list(filter(_is_known, entering)))
             if met:
                 yield block, met
@@ -258,6 +265,9 @@ class Images:
             return
         if self._is_cut(eqn):
             return  # Forms would grow with its length.
+        if isinstance(rule, Selection) and len(self._active(eqn)) == 1:
+            (x,) = self._active(eqn)
+            self._taken_from.update(dict.fromkeys(eqn.outputs, self._taken_from.get(x, x)))
         if isinstance(rule, Pointwise):
             (y,) = eqn.outputs
             if all(v in self._separate and v.shape == y.shape for v in self._active(eqn)):
@@ -370,7 +380,7 @@ class Images:
     def _product(self, eqn: Equation, active: list[int]) -> list[Form] | None:
         frame, places, contracted = product_frame(eqn)
         full = {i: self.of(eqn.inputs[i]).placed(frame, places[i]) for i in active}
-        same = eqn.inputs[0] is eqn.inputs[1]
+        same = len({self._taken_from.get(v, v) for v in eqn.inputs}) == 1
         last = eqn.outputs[0] in self.last
         meets = len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted)
         if meets:

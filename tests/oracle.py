@@ -219,7 +219,7 @@ class Met(NamedTuple):
         back = []
         for x in source.form.of:
             (found,) = back_through(
-                lambda at, x=x: [self.linearised(source.value, {x: at[0]})],
+                lambda at, x=x: [self.affine(source.value, {x: at[0]})],
                 [self.at(x)],
                 [Cotangents(np.zeros(source.shape), h)],
             )
@@ -230,6 +230,14 @@ class Met(NamedTuple):
         return np.zeros(origin.shape) if isinstance(origin, Part) else self.env[origin]
 
     def linearised(self, value: Value, moved: dict[Any, Series]) -> Series:
+        return self.affine(value, self.origins(value, moved))
+
+    def origins(self, value: Value, moved: dict[Any, Series]) -> dict[Any, Series]:
+        """Of what may have moved, what a value's form is of: a part of it hides its own."""
+        form = self.images.of(value).of
+        return {x: y for x, y in moved.items() if x is value or x in form}
+
+    def affine(self, value: Value, moved: dict[Any, Series]) -> Series:
         """A value as an affine function of its origins: a form is of first order."""
         y = self.image(value, moved)
         return Series(y.x, y.d)
@@ -245,7 +253,7 @@ class Met(NamedTuple):
         active = [v for v in eqn.inputs if v in self.steps.active]
         apart = len(active) == 2 and eqn not in self.images.products
         operands = [
-            self.image(v, moved, apart and is_mixed(eqn, self.images.of(v)))
+            self.image(v, self.origins(v, moved), apart and is_mixed(eqn, self.images.of(v)))
             if v in active
             else Series(operand(self.env, v))
             for v in eqn.inputs

@@ -381,6 +381,19 @@ def test_a_function_may_close_over_arrays(wrap, within):
     assert np.abs(hess_diag).min() > 0
 
 
+@every_wrapper
+def test_a_table_that_a_function_closes_over(wrap):
+    # Between the steps of a loop over an unknown table nothing would be known of the powers.
+    c = jnp.array([0.3, 0.7, -0.4, 1.1])
+
+    def ratio(x):
+        return jnp.polyval(c, jnp.sin(x)) / jnp.polyval(c + 1, jnp.sin(x))
+
+    slope = jax.grad(lambda x: ratio(x).sum())
+    plain = hs.hesscale(lambda x: (slope(x) ** 2).sum())(normal(3))[1]
+    assert_close(hs.hesscale(lambda x: (wrap(slope)(x) ** 2).sum())(normal(3))[1], plain)
+
+
 def test_a_power_of_two_is_entry_by_entry():
     # A primitive with types of its own in newer versions of JAX.
     def loss(x):

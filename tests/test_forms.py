@@ -187,6 +187,13 @@ def in_a_loop_of_two(p):
     return (jnp.exp(a) * b**2).sum()
 
 
+OUTER = (
+    jnp.outer,
+    lambda a, b: a[:, None] * b[None],
+    lambda a, b: a[:, None] @ b[None],
+    lambda a, b: jnp.einsum("j,i->ij", b, a),
+)
+
 LINES = {
     "A bilinear form of a value with a linear image of it": [
         (lambda x: x @ A @ x, x),
@@ -222,6 +229,18 @@ LINES = {
             lambda r: jnp.sqrt((n := (r * r).sum(-1))[:, None] + n[None] - 2 * (r @ r.T) + 1).sum(),
             B,
         ),
+    ],
+    "The outer product of two views of a value, before other trained weights": [
+        *(
+            (lambda p, of=of: jnp.tanh(of(p["v"], p["v"][::-1]) @ p["a"]).sum(), {"v": x, "a": x})
+            for of in OUTER
+        ),
+        *(
+            (lambda p, of=of: jnp.sin(of(p["v"], p["v"]) @ p["a"]).sum(), {"v": x, "a": x})
+            for of in OUTER
+        ),
+        (lambda p: jnp.tanh((p["w"] @ p["w"].mT) @ p["a"]).sum(), {"w": A[:, None], "a": x[:1]}),
+        (lambda p: jnp.tanh((p["w"].mT @ p["w"]) @ p["a"]).sum(), {"w": A[..., None], "a": x[:1]}),
     ],
     "An image, and what a loop with affine steps makes of it": [
         (in_a_loop_of_two, {"a": x[:1], "b": x}),

@@ -86,7 +86,7 @@ def bodies_of(eqn: Equation) -> Iterator[Body]:
         case "custom_jvp_call" if is_own(eqn):
             return
         case "custom_jvp_call" | "custom_vjp_call":
-            yield body(params["call_jaxpr"], eqn)
+            yield body(params["call_jaxpr"], eqn, eqn.inputs)
         case "shard_map":
             yield body(params["jaxpr"], eqn)
 
