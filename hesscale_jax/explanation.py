@@ -340,11 +340,12 @@ class _Explanation:
         """Constants of a loop, and carries if there are several.
 
         A loop in a block drops nothing at these, but between what its steps hand out. Nor is
-        anything dropped between steps if the loss is affine in what each hands on.
+        anything dropped between steps if the loss is affine in what each hands on, or if the loop
+        as a whole is affine and nothing mixes entries after it.
         """
         pairs = ((unit, eqn) for unit in self._units for eqn in unit.equations)
         for unit, eqn in pairs:
-            if eqn.name != "scan" or eqn not in self._loops:
+            if eqn.name != "scan" or eqn not in self._loops or self._makes_images(eqn):
                 continue
             constants, carry, _ = _jaxpr.scan_groups(eqn)
             ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
@@ -361,6 +362,13 @@ class _Explanation:
             if len(moving) > 1 and not in_block:
                 values = ", ".join(map(_described, moving))
                 yield Shared(f"carries {values}, which one step hands to the next", unit.index)
+
+    def _makes_images(self, eqn: Equation) -> bool:
+        """Whether what an equation makes is known as images, and is met as such."""
+        made = [v for v in eqn.outputs if v in self._plan.active]
+        return self._images.last.issuperset(made) and all(
+            v not in self._images.of(v).of for v in made
+        )
 
     def _dropped(self) -> Iterator[Dropped]:
         for value, name in self._names.items():

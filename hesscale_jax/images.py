@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,8 +75,10 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 
 
-# Linear in their operand, by a matrix of no more entries than these.
-LINEAR = {"conv_general_dilated", "reduce_window_sum"}
+# Their slopes are finite where their operands are.
+SMOOTH = {"abs", "asinh", "atan", "cos", "erf", "integer_pow", "logistic", "sin", "square", "tanh"}
+
+# Linear in their operands, by matrices of no more entries than these.
 MOST_IN_MATRIX = 2**14
 
 # What may be run where a value's entries are to stay apart.
@@ -312,9 +314,9 @@ class Images:
             return self._loop(eqn, active)
         if eqn.name == "dot_general":
             return self._product(eqn, active)
-        if eqn.name in LINEAR:
-            (i, *others) = active
-            return None if others else _by_unit_vectors(eqn, i, self.of(eqn.inputs[i]))
+        if _is_linear(eqn, active):
+            wanted = [k for k, y in enumerate(eqn.outputs) if y in self._steps.active]
+            return _by_unit_vectors(eqn, {i: self.of(eqn.inputs[i]) for i in active}, wanted)
         if not isinstance(rule, Selection):
             return None
         forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
@@ -498,7 +500,8 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         found, _ = rule.derivatives(eqn, result, operands, [i])
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
-    return Factor(tuple(y.shape), reads, slope), False
+    is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
+    return Factor(tuple(y.shape), reads, slope), is_finite
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
@@ -518,27 +521,85 @@ def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
     return Factor(tuple(eqn.outputs[k].shape), reads, slope)
 
 
-def _by_unit_vectors(eqn: Equation, i: int, x: Form) -> list[Form] | None:
-    """What is linear in one operand, as a matrix, if that is small."""
-    operand, (y,) = eqn.inputs[i], eqn.outputs
-    n, m = math.prod(operand.shape), math.prod(y.shape)
-    if n * m > MOST_IN_MATRIX:
+def _is_linear(eqn: Equation, active: Sequence[int]) -> bool:
+    """Whether a solve, a window or a loop is affine in its operands at these positions."""
+    match eqn.name:
+        case "conv_general_dilated" | "reduce_window_sum":
+            return len(active) == 1
+        case "triangular_solve":
+            return active == [1]
+        case "custom_linear_solve":
+            return min(active) >= sum(eqn.params["const_lengths"])
+        case "scan":
+            return _is_linear_loop(eqn, active)
+    return _jaxpr.label(eqn) == "custom_jvp_call[complex.fft]"
+
+
+def _is_linear_loop(eqn: Equation, active: Sequence[int]) -> bool:
+    (body,) = eqn.bodies
+    inputs, outputs = body.program.inputs, body.program.outputs
+    moving = {v for v, i in zip(inputs, body.inputs, strict=True) if i in active}
+    while True:
+        reached = set(moving)
+        for e in body.program.equations:
+            at = [i for i, v in enumerate(e.inputs) if v in reached]
+            if at and not _is_linear_step(e, at):
+                return False
+            reached.update(filter(is_inexact, e.outputs) if at else ())
+        more = {inputs[j] for i, j in body.carry.items() if outputs[i] in reached}
+        if more <= moving:
+            return True
+        moving |= more
+
+
+def _is_linear_step(eqn: Equation, at: Sequence[int]) -> bool:
+    if eqn.name in _jaxpr.IMAGES:
+        several = eqn.name not in _jaxpr.PRODUCTS or eqn.name == "select_n"
+        return (several or len(at) == 1) and not (eqn.name == "div" and at != [0])
+    if eqn.name in ("dynamic_update_slice", "scatter"):
+        return True
+    return eqn.name in SAME or _is_linear(eqn, at)
+
+
+def _by_unit_vectors(
+    eqn: Equation, forms: Mapping[int, Form], wanted: Sequence[int]
+) -> list[Form] | None:
+    """What is affine in operands, by matrices, if they are small."""
+    sizes = {k: math.prod(eqn.outputs[k].shape) for k in wanted}
+    into = {i: math.prod(eqn.inputs[i].shape) for i in forms}
+    if sum(sizes.values()) * sum(into.values()) > MOST_IN_MATRIX:
         return None
+    images = [Form(tuple(y.shape), {}) for y in eqn.outputs]
+    for i, x in forms.items():
+        for k in wanted:
+            m, n = sizes[k], into[i]
+            by = _matrix(eqn, i, k)
+            apart = x.reshaped((n,)).placed((m, n), [1])
+            image = apart.times(by).summed([1]).reshaped(images[k].shape)
+            images[k] = images[k].plus(image)
+    return images
+
+
+def _matrix(eqn: Equation, i: int, k: int) -> Factor:
+    """The derivative of a result in an operand, which does not depend on it."""
+    operand, y = eqn.inputs[i], eqn.outputs[k]
+    m, n = math.prod(y.shape), math.prod(operand.shape)
 
     def matrix(read: Reader) -> Any:
-        others = [
+        operands = [
             _as(v, v.value if isinstance(v, Constant) else read.primal(v)) for v in eqn.inputs
         ]
 
+        def result(x: Any) -> Any:
+            results = _jaxpr.bind(eqn, *operands[:i], x, *operands[i + 1 :])
+            return _jaxpr.listed(results, eqn)[k]
+
         def image(unit: Any) -> Any:
-            unit = _as(operand, unit.reshape(operand.shape))
-            return _jaxpr.bind(eqn, *others[:i], unit, *others[i + 1 :])
+            return jax.jvp(result, [operands[i]], [unit.reshape(operand.shape)])[1]
 
         return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
 
-    by = Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
-    apart = x.reshaped((n,)).placed((m, n), [1])
-    return [apart.times(by).summed([1]).reshaped(tuple(y.shape))]
+    return Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
 
 
 def _as(atom: Value | Constant, x: Any) -> Any:
@@ -755,10 +816,16 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list[Form] | None:
-    shape, numbers = _shape(eqn), eqn.params["dimension_numbers"]
-    y = x or Form(shape, {})
+    y = x or Form(_shape(eqn), {})
     if u is None:
         return [y]
+    image = _scattered(eqn, u)
+    return image and [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
+
+
+def _scattered(eqn: Equation, u: Form) -> Form | None:
+    """Zeros to which updates are added."""
+    shape, numbers = _shape(eqn), eqn.params["dimension_numbers"]
     inserted, batching = numbers.inserted_window_dims, numbers.operand_batching_dims
     columns, mode = numbers.scatter_dims_to_operand_dims, eqn.params["mode"]
     dims, indices = [*columns, *batching], of_atom(eqn.inputs[1])
@@ -772,9 +839,9 @@ def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list
         for k, dim in enumerate(columns):
             image = _along(image, dim, _within(indices, k, image.shape[dim], shape[dim], mode))
     elif sorted(dims) == sorted((*inserted, *batching)) and sizes == [shape[i] for i in window]:
+        across = [shape[i] for i in dims]
         at = [_position(indices, k, shape[dim], mode) for k, dim in enumerate(columns)]
         at += [_counted(lead, i) for i in numbers.scatter_indices_batching_dims]
-        across = [shape[i] for i in dims]
         ids = combined(functools.partial(_flat, sizes=across), (math.prod(lead),), *at)
         first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
         rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
@@ -782,7 +849,7 @@ def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list
         image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
     else:
         return None
-    return [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
+    return image
 
 
 def _within(indices: Factor, k: int, n: int, size: int, mode: Any) -> Factor:
@@ -806,11 +873,24 @@ def _flat(*at: Any, sizes: Sequence[int]) -> Any:
     return jnp.where(there, ids, math.prod(sizes)).ravel()
 
 
-def _replace(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
-    """``x.at[indices].set(constants)``: zero where it is written to."""
-    finite = x is not None and all(t.finite for terms in x.of.values() for t in terms)
-    if x is None or not finite or any(form is not None for form in others):
-        return None
+def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
+    """``x.at[indices].set(u)``: ``x`` with zeros where it is written to, and ``u`` there."""
+    y = Form(_shape(eqn), {})
+    if x is not None:
+        if not all(t.finite for terms in x.of.values() for t in terms):
+            return None
+        y = x.times(_kept(eqn))
+    u = next(filter(None, others), None)
+    if u is not None:
+        image = _updated(eqn, u) if eqn.name == "dynamic_update_slice" else _set_once(eqn, u)
+        if image is None:
+            return None
+        y = y.plus(image)
+    return [y]
+
+
+def _kept(eqn: Equation) -> Factor:
+    """One where nothing is written to, else zero."""
     ones, *rest = (np.ones(v.shape, v.dtype) if is_inexact(v) else None for v in eqn.inputs)
     indices = [of_atom(v) for v, number in zip(eqn.inputs[1:], rest, strict=True) if number is None]
 
@@ -819,7 +899,25 @@ def _replace(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] 
         others = [next(given) if n is None else jnp.zeros_like(n) for n in rest]
         return _jaxpr.bind(eqn, ones, *others)
 
-    return [x.times(combined(kept, _shape(eqn), *indices))]
+    return combined(kept, _shape(eqn), *indices)
+
+
+def _updated(eqn: Equation, u: Form) -> Form:
+    """Zeros but for the window that is written to."""
+    for k, (n, size) in enumerate(zip(u.shape, _shape(eqn), strict=True)):
+        start = of_atom(eqn.inputs[2 + k]).reshaped((1,))
+        u = _along(u, k, _within(start, 0, n, size, lax.GatherScatterMode.CLIP))
+    return u
+
+
+def _set_once(eqn: Equation, u: Form) -> Form | None:
+    """Zeros in which updates are written to places that differ."""
+    at = of_atom(eqn.inputs[1])
+    once = eqn.params["unique_indices"] or math.prod(at.shape[:-1]) == 1
+    if not once and at.static is not None and eqn.params["mode"] != lax.GatherScatterMode.CLIP:
+        rows = at.static.reshape(-1, at.shape[-1])
+        once = len(np.unique(rows, axis=0)) == len(rows)
+    return _scattered(eqn, u) if once else None
 
 
 def _sort(eqn: Equation, *operands: Form | None) -> list[Form]:
@@ -856,7 +954,7 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "concatenate": _concatenate,
     "cumsum": _cumsum,
     "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _replace,
+    "dynamic_update_slice": _set,
     "expand_dims": _reshape,
     "gather": _gather,
     "pad": _pad,
@@ -866,7 +964,7 @@ SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
     "rev": _rev,
-    "scatter": _replace,
+    "scatter": _set,
     "scatter-add": _scatter_add,
     "scatter-sub": _scatter_add,
     "slice": _slice,

@@ -14,8 +14,11 @@ import programs
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.lax import add, fori_loop, psum, reduce_window, scan
+from jax.lax import dynamic_update_slice as update
 from jax.ops import segment_sum
+from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.signal import convolve
+from jax.scipy.stats import multivariate_normal
 
 import hesscale_jax as hs
 
@@ -32,7 +35,7 @@ chosen, rejected = X + 2, X + 2 + 0.1 * normal(6, 5, 4)
 STEPS = jnp.arange(3.0)
 SOURCE, TARGET = np.array([0, 1, 2, 3, 4, 0, 2]), np.array([1, 0, 2, 4, 3, 3, 0])
 WEIGHTS, HALVES = normal(14, 7, 1), np.array([[0, 1, 1], [1, 0, 0], [1, 1, 2]])
-PLACES = np.array([1, 2, 2, 0, 9])
+PLACES, PLACES_APART = np.array([1, 2, 2, 0, 9]), np.array([1, 7, 2, 0, 5])
 labels, tokens = np.array([0, 2, 1, 2, 0]), np.array([[0, 0, 2], [1, 3, 3]])
 
 
@@ -241,6 +244,50 @@ LINES = {
         ),
         (lambda p: jnp.tanh((p["w"] @ p["w"].mT) @ p["a"]).sum(), {"w": A[:, None], "a": x[:1]}),
         (lambda p: jnp.tanh((p["w"].mT @ p["w"]) @ p["a"]).sum(), {"w": A[..., None], "a": x[:1]}),
+    ],
+    "Entries written to places that differ": [
+        (lambda w: (jnp.diff(jnp.zeros(8).at[1:6].set(X @ w)) ** 2).sum(), x),
+        (lambda w: jnp.sin(jnp.diff(jnp.zeros(9).at[PLACES_APART].set(X @ w))).sum(), x),
+        (lambda w: (jnp.diff(jnp.zeros((5, 3)).at[:, 1].set(X @ w)) ** 2).sum(), x),
+        (lambda w: (jnp.diff(jnp.zeros((7, 2)).at[1:6, 1].set(X @ w), axis=0) ** 2).sum(), x),
+        (lambda w: jnp.tanh((z := X @ w).at[1:].set(z[1:] - z[:-1])).sum() ** 2, x),
+        (lambda w: (z := jnp.sin(X @ w)).at[np.array([0, 3])].set(2 * z[1:3]).sum() ** 2, x),
+        (lambda w: jnp.diff(update((z := X @ w).cumsum(), z[:3], (1,))) @ jnp.sin(z[1:]), x),
+    ],
+    "A loop whose steps are affine": [
+        (lambda w: scan(lambda y, _: (A.astype(y.dtype) @ y, None), w, None, 3)[0] @ w, x),
+        (lambda w: (scan(lambda y, _: (A.astype(y.dtype) @ y, y), w, None, 3)[1] ** 2).sum(), x),
+        (lambda w: fori_loop(0, 12, lambda _, y: 0.3 * A.astype(y.dtype) @ y + w, w) @ w, x),
+        (lambda w: jnp.sin(scan(lambda y, r: (0.5 * A @ y + r * w, y), 0 * x, X)[1]).sum(), x),
+        (
+            lambda w: (
+                jnp.diff(fori_loop(0, 5, lambda i, b: b.at[i].set(X[i] @ w), X[:, 0])) @ (X @ w)[1:]
+            ),
+            x,
+        ),
+    ],
+    "A solve, in its right-hand side": [
+        (lambda w: w @ jnp.linalg.solve(A, w), x),
+        (lambda w: jnp.tanh(jnp.linalg.solve(A, w) - w).sum(), x),
+        (lambda w: w @ cho_solve((jnp.linalg.cholesky(A @ A.T), True), w), x),
+        (lambda w: jnp.tanh(solve_triangular(A, w[:, None]) - w[:, None]).sum(), x),
+        (lambda w: -multivariate_normal.logpdf(X[0], w, A @ A.T), x),
+    ],
+    "A Fourier transform": [
+        (lambda w: (jnp.abs(jnp.fft.rfft(w)) ** 4).sum(), x),
+        (lambda w: jnp.tanh(jnp.fft.irfft(jnp.fft.rfft(X @ w)[::-1], 5) - X @ w).sum(), x),
+        (lambda w: jnp.log1p(jnp.abs(jnp.fft.fft2(w)) ** 2).sum(), W),
+    ],
+    "A convolution of a value with itself": [
+        (lambda u: jnp.convolve(u, u).sum() + jnp.convolve(u, u[::-1], "same") @ x, x),
+        (lambda u: (jnp.correlate(u, u, "full") ** 2).sum(), x),
+        (lambda u: jnp.tanh(jnp.polymul(u, u)).sum(), x),
+    ],
+    "Running products of a few entries, and running sums on a logarithmic scale": [
+        (lambda s: jnp.cumprod(jnp.full(4, s)) @ x, x[0]),
+        (lambda s: jax.lax.cumprod(jnp.full(4, s), reverse=True) @ x, x[0]),
+        (lambda w: (jax.lax.cumlogsumexp(X @ w, reverse=True) - X @ w).sum(), x),
+        (lambda w: jnp.tanh(jax.lax.cumlogsumexp(X[:4] @ w, axis=1)).sum(), A[:, :3]),
     ],
     "An image, and what a loop with affine steps makes of it": [
         (in_a_loop_of_two, {"a": x[:1], "b": x}),

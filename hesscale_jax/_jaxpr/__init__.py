@@ -56,6 +56,7 @@ from hesscale_jax._jaxpr.program import (
     literal,
     scan_groups,
 )
+from hesscale_jax._jaxpr.rewriting import IMAGES, PRODUCTS
 from hesscale_jax._jaxpr.sizes import dimension, number, size, sizes
 from hesscale_jax._jaxpr.sources import (
     INSTALLED,
@@ -70,7 +71,9 @@ __all__ = [
     "CALLS",
     "CUSTOM",
     "HIGH",
+    "IMAGES",
     "INSTALLED",
+    "PRODUCTS",
     "Body",
     "Constant",
     "Equation",

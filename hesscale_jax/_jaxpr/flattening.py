@@ -38,6 +38,8 @@ from hesscale_jax._jaxpr.rewriting import (
     ENTRYWISE,
     FEW,
     IMAGES,
+    MOST_IN_ROW,
+    MOST_IN_TABLE,
     PRODUCTS,
     REDUCES,
     REDUCTIONS,
@@ -46,14 +48,17 @@ from hesscale_jax._jaxpr.rewriting import (
     SMALL,
     all_rows_at_once,
     chooses,
+    convolved_by_parts,
     count_entrywise,
     free_axes,
     maps_rows,
     multiplied_and_summed,
+    multiplied_on,
     multiplied_out,
     rewritten_as,
     scattered_apart,
     selections_first,
+    summed_on_log_scale,
 )
 from hesscale_jax._jaxpr.sources import label
 
@@ -182,13 +187,8 @@ class _Builder:
                 results = self.inline(combined, parts, (eqn, *callers), region)
             elif in_parts and (form := self._form(eqn, inputs)):
                 results = self._in_parts(eqn, form, inputs, (eqn, *callers), region)
-            elif eqn.primitive.name == "dot_general" and (
-                self._contracts_everything(eqn, inputs) or self._weighs(eqn, inputs)
-            ):
-                expanded = trace(multiplied_and_summed(eqn), *(v.aval for v in eqn.invars))
-                results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
-            elif eqn.primitive.name == "reduce_prod" and self._has_few(eqn, inputs):
-                expanded = trace(multiplied_out(eqn), *(v.aval for v in eqn.invars))
+            elif by_entries := self._by_entries(eqn, inputs):
+                expanded = trace(by_entries(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(expanded, inputs, (eqn, *callers), region, written=False)
             elif expansion := self._expansion(eqn, inputs):
                 closed, operands = expansion
@@ -200,7 +200,7 @@ class _Builder:
                 inputs = tuple(map(joined, inputs, eqn.invars))
                 if eqn.primitive.name == "dot_general":
                     params, inputs = self._without_transposes(params, inputs)
-                if eqn.primitive.name in ("scatter-add", "scatter-sub"):
+                if eqn.primitive.name in ("scatter", "scatter-add", "scatter-sub"):
                     inputs = (inputs[0], self._known(inputs[1]), inputs[2])
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
@@ -364,6 +364,24 @@ class _Builder:
             if not self._moving.isdisjoint(v for v in eqn.inputs if isinstance(v, Value))
         )
 
+    def _by_entries(self, eqn: Any, inputs: Sequence[Any]) -> Callable[[Any], Any] | None:
+        """What writes an equation out entry by entry, so that a block or a form may take it."""
+        match eqn.primitive.name:
+            case "dot_general":
+                by_entries = self._contracts_everything(eqn, inputs) or self._weighs(eqn, inputs)
+                return multiplied_and_summed if by_entries else None
+            case "reduce_prod":
+                return multiplied_out if self._has_few(eqn, inputs, eqn.params["axes"]) else None
+            case "cumprod":
+                few = self._has_few(eqn, inputs, [eqn.params["axis"]])
+                return multiplied_on if few else None
+            case "cumlogsumexp":
+                few = self._has_few(eqn, inputs, [eqn.params["axis"]], MOST_IN_ROW)
+                return summed_on_log_scale if few else None
+            case "conv_general_dilated":
+                return convolved_by_parts if self._are_few_images(eqn, inputs) else None
+        return None
+
     def _contracts_everything(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
 
@@ -400,12 +418,20 @@ class _Builder:
             (x,) = self._made[x].inputs
         return x in self._inputs
 
-    def _has_few(self, eqn: Any, inputs: Sequence[Any]) -> bool:
-        """Whether a product is of few entries that move: a block may take them as one value's."""
-        shape = eqn.invars[0].aval.shape
-        count = math.prod(shape[i] for i in eqn.params["axes"])
+    def _has_few(
+        self, eqn: Any, inputs: Sequence[Any], axes: Sequence[int], most: int = FEW
+    ) -> bool:
+        """Whether few entries that move are combined: a block may take them as one value's."""
+        count = math.prod(eqn.invars[0].aval.shape[i] for i in axes)
         moves = isinstance(inputs[0], Value) and inputs[0] in self._moving
-        return isinstance(count, int) and 0 < count <= FEW and moves
+        return isinstance(count, int) and 0 < count <= most and moves
+
+    def _are_few_images(self, eqn: Any, inputs: Sequence[Any]) -> bool:
+        """Whether both operands are images of inputs, and small."""
+        counts = [math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)]
+        entries = math.prod(counts)
+        small = isinstance(entries, int) and 0 < entries <= MOST_IN_TABLE
+        return small and all(isinstance(x, Value) and x in self._images for x in inputs)
 
     def _scatters_constants(self, inputs: Sequence[Any]) -> bool:
         """Whether what moves is added to or multiplied by what does not, at some places."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -16,6 +18,8 @@ __all__ = [
     "ENTRYWISE",
     "FEW",
     "IMAGES",
+    "MOST_IN_ROW",
+    "MOST_IN_TABLE",
     "MOVES_ENTRIES",
     "PRODUCTS",
     "REDUCES",
@@ -25,14 +29,17 @@ __all__ = [
     "SMALL",
     "all_rows_at_once",
     "chooses",
+    "convolved_by_parts",
     "count_entrywise",
     "free_axes",
     "maps_rows",
     "multiplied_and_summed",
+    "multiplied_on",
     "multiplied_out",
     "rewritten_as",
     "scattered_apart",
     "selections_first",
+    "summed_on_log_scale",
 ]
 
 
@@ -79,6 +86,12 @@ SHORT = 512
 
 # Products, and copies, of no more entries are written out.
 FEW = 8
+
+# Running sums on a log scale along no more entries are written out.
+MOST_IN_ROW = 64
+
+# Convolutions of two images, as bilinear forms of no more entries, are written out.
+MOST_IN_TABLE = 2**14
 
 # Matrices of no more entries are multiplied by entry by entry.
 SMALL = 512
@@ -270,6 +283,46 @@ def multiplied_out(eqn: Any) -> Callable[[Any], Any]:
         )
 
     return multiply
+
+
+def multiplied_on(eqn: Any) -> Callable[[Any], Any]:
+    """A running product, one entry after the other."""
+    axis, reverse = eqn.params["axis"], eqn.params["reverse"]
+
+    def multiply(x: Any) -> Any:
+        rows = [lax.slice_in_dim(x, i, i + 1, axis=axis) for i in range(x.shape[axis])]
+        products = list(itertools.accumulate(reversed(rows) if reverse else rows, lax.mul))
+        return lax.concatenate(products[::-1] if reverse else products, axis)
+
+    return multiply
+
+
+def summed_on_log_scale(eqn: Any) -> Callable[[Any], Any]:
+    """A running sum of exponentials, each sum of its own."""
+    axis, reverse = eqn.params["axis"], eqn.params["reverse"]
+
+    def log_sums(x: Any) -> Any:
+        n = x.shape[axis]
+        up_to = np.triu(np.ones((n, n), bool)) if reverse else np.tril(np.ones((n, n), bool))
+        up_to = up_to.reshape([n if i in (axis, axis + 1) else 1 for i in range(x.ndim + 1)])
+        rows = jnp.where(up_to, jnp.expand_dims(x, axis), -np.inf)
+        return jax.nn.logsumexp(rows, axis + 1)
+
+    return log_sums
+
+
+def convolved_by_parts(eqn: Any) -> Callable[[Any, Any], Any]:
+    """A convolution of two operands as two products, the first with a constant array."""
+
+    def convolve(lhs: Any, rhs: Any) -> Any:
+        units = [jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape) for x in (lhs, rhs)]
+        bind = functools.partial(eqn.primitive.bind, **eqn.params)
+        table = jax.vmap(lambda a: jax.vmap(lambda b: bind(a, b).ravel())(units[1]))(units[0])
+        of_rhs = jnp.tensordot(lhs.ravel(), table, 1)
+        result = eqn.outvars[0].aval
+        return (rhs.ravel() @ of_rhs).reshape(result.shape).astype(result.dtype)
+
+    return convolve
 
 
 def scattered_apart(eqn: Any) -> Callable[..., Any]:
