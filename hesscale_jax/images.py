@@ -281,7 +281,7 @@ class Images:
         for reached in (self._multiplied, self._bent):
             if not reached.isdisjoint(self._active(eqn)):
                 reached.update(eqn.outputs)
-        if eqn.name == "dot_general":
+        if eqn.name == "dot_general" or (eqn.name == "reduce_sum" and self._is_affine(eqn)):
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             form = _of_few_terms(form)
@@ -301,6 +301,14 @@ class Images:
         inside = block is not None and any(self._home.get(x) is block for x in form.of)
         terms = [t for terms in form.of.values() for t in terms]
         return not inside or (len(terms) == 1 and not terms[0].summed)
+
+    def _is_affine(self, eqn: Equation) -> bool:
+        """Whether an equation takes an image that no slope of anything curved is a factor of."""
+        (x,) = eqn.inputs
+        return x in self._leaves or (
+            x not in self.of(x).of
+            and all(t.finite for terms in self.of(x).of.values() for t in terms)
+        )
 
     def _is_cut(self, eqn: Equation) -> bool:
         block = self._steps.blocks.get(eqn)

@@ -493,6 +493,79 @@ def test_what_is_taken_as_linear_is_named():
         assert "taken as linear" in str(hs.explain(taken)(a))
 
 
+def root_by_newton(fun, start):
+    def slope(z):
+        return jax.jvp(fun, (z,), (jnp.ones_like(z),))[1]
+
+    def steps(fun, z):
+        return lax.fori_loop(0, 30, lambda _, z: z - fun(z) / slope(z), z)
+
+    return lax.custom_root(fun, start, steps, lambda linear, y: y / linear(jnp.ones_like(y)))
+
+
+def cubic(a, b):
+    return root_by_newton(lambda z: z**3 + a * z - b, jnp.ones_like(a))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a: root_by_newton(lambda e: e - a * jnp.sin(e) - 1, jnp.ones_like(a)).sum(),
+        lambda a: jnp.sum(jnp.sin(cubic(a, 2.0)) * a),
+        lambda a: jnp.sum(jnp.sin(cubic(a, jnp.exp(a)))),
+    ],
+    ids=["Kepler", "a cubic", "both coefficients"],
+)
+def test_a_root_varies_with_what_its_solver_closes_over(loss):
+    # Its rule has no slope there, though the other slopes vary with it: a derivative in two
+    # operands depends on their order.
+    for a in (jnp.array(0.3), jnp.array([0.3, 0.8, 0.5])):
+        grad, hess_diag = hs.hesscale(loss)(a)
+        assert_close(grad, jax.grad(loss)(a))
+        exact = jax.hessian(loss)(a)
+        np.testing.assert_allclose(hess_diag, jnp.diag(exact) if a.ndim else exact, rtol=1e-9)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def solved(fun, a, start):
+    def goes_on(zs):
+        return jnp.abs(zs[0] - zs[1]).max() > 1e-12
+
+    return lax.while_loop(goes_on, lambda zs: (zs[1], fun(a, zs[1])), (start, fun(a, start)))[1]
+
+
+def solved_backward(fun, saved, g):
+    a, z = saved
+    of_z = jax.vjp(lambda z: fun(a, z), z)[1]
+    u = solved(lambda g, u: g + of_z(u)[0], g, g)
+    return jax.vjp(lambda a: fun(a, z), a)[1](u)[0], jnp.zeros_like(z)
+
+
+solved.defvjp(lambda fun, a, start: ((z := solved(fun, a, start)), (a, z)), solved_backward)
+
+
+def test_a_backward_pass_that_keeps_tracers_is_taken_as_linear():
+    # JAX has no second derivative of it: `jax.hessian` raises.
+    def loss(w):
+        z = solved(lambda a, z: jnp.tanh(0.2 * z @ a[0] + a[1]), (w, normal(3)), jnp.zeros(3))
+        return jnp.sum(z**2)
+
+    w = normal(3, 3, seed=1)
+    grad, hess_diag = jax.jit(hs.hesscale(loss))(w)
+    assert_close(grad, jax.grad(loss)(w))
+    assert np.isfinite(hess_diag).all()
+    assert np.abs(hess_diag).min() > 0
+    assert "taken as linear" in str(hs.explain(loss)(w))
+
+
+def test_a_rule_without_a_derivative_is_named():
+    def loss(x):
+        return jax.scipy.special.exp1(x).sum()
+
+    with pytest.raises(hs.UnsupportedPrimitiveError, match="cannot differentiate its derivative"):
+        hs.hesscale(loss)(jnp.array([0.5, 1.7]))
+
+
 @jax.custom_jvp
 def share(z):
     return jnp.exp(z) / jnp.exp(z).sum()

@@ -314,6 +314,14 @@ LINES = {
         (contrastive, {"scale": jnp.array(1.3), "bias": jnp.array(0.2)}),
         (after_diffusion, x),
     ],
+    "An image that a block adds up itself, and what follows it": [
+        (lambda w: jax.nn.logsumexp((X * w[None]).sum(1)), x),
+        (lambda w: jnp.sqrt((((X * w[None]).sum(1) - 1) ** 2).mean()), x),
+        (lambda w: jax.nn.logsumexp(jnp.where(np.tri(4, dtype=bool), w[None], 0.0).sum(1)), x),
+        (lambda w: jax.nn.logsumexp((X[..., None] * w[None]).sum(1).max(1)), B),
+        (lambda w: jnp.sqrt(((X[..., None] * w[None]).sum(1) ** 2).sum(0)).sum(), B),
+        (lambda r: jax.nn.logsumexp(-((r[:, None] - r[None]) ** 2).sum(-1)), X),
+    ],
     "Entries of a leaf chosen, moved, repeated and added up": [
         (lambda w: ((jnp.flip(jnp.flip(w)) * w) ** 2).sum(), x),
         (lambda w: jnp.exp(w * jnp.roll(w, 1)).sum(), x),
@@ -356,6 +364,8 @@ LINES = {
         (lambda w: jnp.median(X @ w) * jnp.tanh(X @ w).sum(), x),
         (lambda w: jnp.sin(jax.lax.top_k(X @ w, 2)[0].prod()) * (X @ w).sum(), x),
         (of_the_rest, {"w": B}),
+        (lambda w: jnp.median(jnp.tanh(X @ w)) ** 2, x),
+        (lambda w: (jnp.quantile((X @ w - 1) ** 2, np.array([0.3, 0.6])) ** 2).sum(), x),
         (lambda w: (simplex(w) ** 3).sum(), x),
         (lambda w: jnp.exp(X @ w - (X @ w).max()).sum() ** 2, x),
     ],

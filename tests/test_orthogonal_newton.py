@@ -141,6 +141,53 @@ def test_the_inverse(n, damping, dtype, rtol):
     np.testing.assert_allclose(nothing, np.eye(n) / damping, rtol=0, atol=1e-4 / damping)
 
 
+def test_the_inverse_of_an_indefinite_matrix_is_that_of_its_modulus():
+    half = normal(3, 5, 5)
+    a = half + jnp.swapaxes(half, 1, 2)
+    values, vectors = np.linalg.eigh(a)
+    moduli = np.abs(values)
+    inverse = 1 / (moduli / moduli.mean(-1, keepdims=True) + 0.2)
+    expected = np.einsum("...ij,...j,...kj->...ik", vectors, inverse, vectors)
+    np.testing.assert_allclose(damped_inverse(a, 0.2), expected, rtol=1e-9, atol=1e-9)
+    each = jax.vmap(lambda a: damped_inverse(a[None], 0.2)[0])(a)
+    np.testing.assert_allclose(each, expected, rtol=1e-9, atol=1e-9)
+
+
+TARGETS, ADVANTAGES = 3 * normal(32, 2, seed=5), normal(32, seed=6)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda z: jnp.log1p((z - TARGETS) ** 2).mean(),
+        lambda z: optax.cosine_distance(z, TARGETS).mean(),
+        lambda z: -jnp.mean(jax.nn.log_softmax(z)[:, 0] * (ADVANTAGES - ADVANTAGES.mean())),
+        lambda z: jnp.log1p(-jax.nn.sigmoid(z)).mean(),
+    ],
+    ids=["Cauchy", "cosine", "policy gradient", "generator"],
+)
+def test_trains_where_the_loss_is_not_convex_in_the_outputs(head):
+    # The inputs' second moments are indefinite: they made the steps NaN or 0.
+    def loss(params):
+        return head(jnp.tanh(normal(32, 4) @ params[0]) @ params[1])
+
+    params = [normal(4, 8, seed=1), normal(8, 2, seed=2)]
+    solver = hs.orthogonal_newton(1e-2, hs.layouts(loss)(params))
+
+    @jax.jit
+    def step(params, state):
+        value, (grads, factors) = hs.value_and_factors(loss)(params)
+        updates, state = solver.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = solver.init(params), []
+    for _ in range(20):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert np.isfinite(values).all()
+    assert max(values[1:]) < values[0]
+
+
 def test_orthogonalised():
     for shape in ((2, 6, 4), (1, 4, 6), (1, 5, 5)):
         values = np.linalg.svd(orthogonalised(normal(*shape)), compute_uv=False)

@@ -279,9 +279,11 @@ def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
     """Of each matrix over its mean eigenvalue, plus the damping: by matrix products alone.
 
     Newton and Schulz's iteration squares the error ``I - A X``, until it is that of rounding after
-    one more step. Its norm is 1 less ``damping / n`` at first, at worst.
+    one more step. Its norm is 1 less ``damping / n`` at first, at worst. It does not converge for a
+    matrix with negative eigenvalues, as of a loss that is not convex in the model's outputs: there,
+    the moduli of the eigenvalues take their place.
     """
-    n = a.shape[-1]
+    n, given = a.shape[-1], a
     eye = jnp.eye(n, dtype=a.dtype)[None]
     mean = jnp.trace(a, axis1=-2, axis2=-1)[:, None, None] / n
     a = a / jnp.maximum(mean, jnp.finfo(a.dtype).tiny) + jnp.asarray(damping, a.dtype) * eye
@@ -299,8 +301,19 @@ def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
         size = jnp.max(jnp.linalg.norm(error, axis=(-2, -1))) / n**0.5
         return x, size, count + 1
 
+    def by_moduli(_: Any) -> Any:
+        values, vectors = jnp.linalg.eigh(given)
+        values = jnp.abs(values)
+        mean = jnp.mean(values, axis=-1, keepdims=True)
+        inverse = 1 / (values / jnp.maximum(mean, jnp.finfo(a.dtype).tiny) + damping)
+        x = (vectors * inverse[:, None, :].astype(a.dtype)) @ jnp.swapaxes(vectors, -1, -2)
+        return x, jnp.zeros([], bool)
+
     start = jnp.broadcast_to(eye, a.shape) / bound
-    return jax.lax.while_loop(goes_on, step, (start, jnp.ones([], a.dtype), 0))[0]
+    x, error, _ = jax.lax.while_loop(goes_on, step, (start, jnp.ones([], a.dtype), 0))
+    # Run at most once: a branch would be taken at every step under vmap.
+    indefinite = jnp.all(jnp.isfinite(given)) & ~(error <= enough)
+    return jax.lax.while_loop(lambda held: held[1], by_moduli, (x, indefinite))[0]
 
 
 class _Step(NamedTuple):
@@ -416,7 +429,9 @@ def orthogonal_newton(
     matter. What is no layer's weights (biases, norms, embeddings, weights of one input or output)
     is updated by Adam, at the same learning rate.
 
-    Only products of matrices are computed, nothing is decomposed. The inputs of a layer with more
+    Only products of matrices are computed, nothing is decomposed, but for an :math:`A` that is not
+    positive, as of a loss that is not convex in the model's outputs: it is replaced by
+    :math:`|A| = (A^2)^{1/2}`. The inputs of a layer with more
     than 8192 of them are taken as isotropic, its :math:`A` as the identity. Factors renewed at
     every tenth step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
 

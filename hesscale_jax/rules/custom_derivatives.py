@@ -170,11 +170,34 @@ def _slope(eqn: Equation, primals: Sequence[Any], i: int, k: int) -> Callable[[A
 
 
 def _backward(eqn: Equation, i: int, k: int) -> Program:
+    return _jaxpr.body(_traced_slope(eqn, i, k), eqn).program
+
+
+def _traced_slope(eqn: Equation, i: int, k: int) -> Any:
     def slope(primals: Sequence[Any], g: Any) -> Any:
         return _slope(eqn, primals, i, k)(primals[i], g)
 
-    avals = [x.value if isinstance(x, Constant) else x.aval for x in eqn.inputs]
-    return _jaxpr.body(_jaxpr.trace(slope, avals, eqn.outputs[k].aval), eqn).program
+    return _jaxpr.trace(slope, _avals(eqn), eqn.outputs[k].aval)
+
+
+def _avals(eqn: Equation) -> list[Any]:
+    return [x.value if isinstance(x, Constant) else x.aval for x in eqn.inputs]
+
+
+def _turns(eqn: Equation, i: int, k: int) -> bool:
+    """Whether JAX differentiates the backward pass: not one that keeps its tracers in a closure."""
+
+    def bend(primals: Sequence[Any]) -> Any:
+        return _own_bend(eqn, primals, i, k, primals[i])
+
+    try:
+        twice, once = _jaxpr.trace(bend, _avals(eqn)), _traced_slope(eqn, i, k)
+    except TypeError:
+        return False
+    kept, given = (
+        {id(x) for x in traced.consts if isinstance(x, jax.core.Tracer)} for traced in (twice, once)
+    )
+    return kept <= given
 
 
 def _is_entrywise(eqn: Equation, i: int, k: int) -> bool:
@@ -193,6 +216,7 @@ def _has_own_derivatives(eqn: Equation) -> bool:
             size(eqn.inputs[i].shape) * size(eqn.outputs[k].shape) <= MOST_DERIVATIVES
             or _is_entrywise(eqn, i, k)
         )
+        and _turns(eqn, i, k)
         for i, k in itertools.product(moving, results)
     )
 

@@ -8,6 +8,7 @@ nothing is computed for either. They are in the operands' dtype: that of the gra
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import spread_dtype
 
 __all__ = ["Pointwise", "binary", "linear", "nested", "unary"]
@@ -116,16 +118,29 @@ def _integer_pow(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequ
 
 
 def _nested(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
-    """Any primitive, by ``jax.jvp`` along ones, twice."""
+    """Any primitive, by ``jax.jvp`` along ones, twice.
+
+    A function's own rule may leave an operand out, as that of a root does with what the solver
+    closes over, and yet have a slope in another one that varies with it: mixed derivatives are the
+    means of both orders.
+    """
     fun = _jaxpr.along(eqn, operands, positions)
-    pairs = [(i, j) for i in range(len(positions)) for j in range(i, len(positions))]
+    several = range(len(positions))
+    pairs = list(itertools.combinations_with_replacement(several, 2))
+    swapped = [(j, i) for i, j in pairs if i != j and eqn.name in _jaxpr.CUSTOM]
 
     def derivatives(*xs: Any) -> Any:
-        first = [_partial(fun, i)(*xs) for i in range(len(xs))]
-        return [*first, *(_partial(_partial(fun, i), j)(*xs) for i, j in pairs)]
+        first = [_partial(fun, i) for i in several]
+        second = {(i, j): _partial(first[i], j)(*xs) for i, j in (*pairs, *swapped)}
+        second |= {(i, j): (second[i, j] + second[j, i]) / 2 for j, i in swapped}
+        return [*(slope(*xs) for slope in first), *(second[pair] for pair in pairs)]
 
     xs = [operands[i] for i in positions]
-    traced, found = _jaxpr.pure(derivatives, *xs)
+    try:
+        traced, found = _jaxpr.pure(derivatives, *xs)
+    except (TypeError, jax.errors.UnexpectedTracerError) as error:
+        reason = "JAX cannot differentiate its derivative rule"
+        raise UnsupportedPrimitiveError(_jaxpr.label(eqn), _jaxpr.location(eqn), reason) from error
     keys = [*positions, *((positions[i], positions[j]) for i, j in pairs)]
     zero = _jaxpr.zero_outputs(traced)
     kept = {k: c for k, c, null in zip(keys, found, zero, strict=True) if not null}
