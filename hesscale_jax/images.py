@@ -828,7 +828,7 @@ def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list
     if u is None:
         return [y]
     image = _scattered(eqn, u)
-    return image and [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
+    return None if image is None else [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
 
 
 def _scattered(eqn: Equation, u: Form) -> Form | None:

@@ -290,8 +290,9 @@ MULTILINEAR: dict[str, Case] = {
     "reduce_prod": (lambda x: jnp.prod(x, 1), x),
     "reduce_prod of zeros": (lambda x: jnp.prod(x, 0), x.at[1].set(0).at[2, 3].set(0)),
     "reduce_prod of everything": (jnp.prod, normal(2, 3)),
-    "cumprod": (lambda x: jnp.cumprod(x, 0), x.at[1, 2].set(0)),
-    "cumprod, backwards": (lambda x: lax.cumprod(x, 1, reverse=True), x),
+    "cumprod": (lambda x: jnp.cumprod(x, 0), normal(9, 2).at[1, 1].set(0)),
+    "cumprod, backwards": (lambda x: lax.cumprod(x, 1, reverse=True), normal(2, 9)),
+    "cumprod of a few": (lambda x: lax.cumprod(x, 1), x.at[1, 2].set(0)),
     "scatter-mul": (
         lambda x, u: x.at[np.array([0, 2])].multiply(u, unique_indices=True), x, normal(2, 6).at[0].set(0),
     ),
@@ -299,8 +300,9 @@ MULTILINEAR: dict[str, Case] = {
 }  # fmt: skip
 
 OTHER: dict[str, Case] = {
-    "cumlogsumexp": (lambda x: lax.cumlogsumexp(x, 1), x),
-    "cumlogsumexp, backwards": (lambda x: lax.cumlogsumexp(x, 0, reverse=True), x),
+    "cumlogsumexp": (lambda x: lax.cumlogsumexp(x, 1), normal(1, 65)),
+    "cumlogsumexp, backwards": (lambda x: lax.cumlogsumexp(x, 0, reverse=True), normal(65)),
+    "cumlogsumexp of a few": (lambda x: lax.cumlogsumexp(x, 1), x),
     "pointwise, of another trace": (lambda x: jax.jit(lambda x: jnp.sin(x) * x).trace(x)(x), x),
     **({"polynomial": (lambda x, c: lax.polynomial(x, [1.0, c, 3.0]), x, w)} if hasattr(lax, "polynomial") else {}),
     **(
