@@ -522,6 +522,10 @@ def test_a_root_varies_with_what_its_solver_closes_over(loss):
     for a in (jnp.array(0.3), jnp.array([0.3, 0.8, 0.5])):
         grad, hess_diag = hs.hesscale(loss)(a)
         assert_close(grad, jax.grad(loss)(a))
+        if any("call_hi_primitive" in step.primitives for step in hs.explain(loss)(a).steps):
+            # As of JAX 0.12 a root is a primitive of whole arrays: each operand counts by itself.
+            assert hs.explain(loss)(a).dropped
+            continue
         exact = jax.hessian(loss)(a)
         np.testing.assert_allclose(hess_diag, jnp.diag(exact) if a.ndim else exact, rtol=1e-9)
 
@@ -562,8 +566,14 @@ def test_a_rule_without_a_derivative_is_named():
     def loss(x):
         return jax.scipy.special.exp1(x).sum()
 
-    with pytest.raises(hs.UnsupportedPrimitiveError, match="cannot differentiate its derivative"):
-        hs.hesscale(loss)(jnp.array([0.5, 1.7]))
+    x = jnp.array([0.5, 1.7])
+    try:
+        exact = jnp.diag(jax.hessian(loss)(x))
+    except TypeError:  # until JAX 0.12, whose rule of exp1 has a derivative
+        with pytest.raises(hs.UnsupportedPrimitiveError, match="cannot differentiate its deriv"):
+            hs.hesscale(loss)(x)
+    else:
+        assert_close(hs.hesscale(loss)(x)[1], exact)
 
 
 @jax.custom_jvp
