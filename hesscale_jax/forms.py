@@ -219,7 +219,8 @@ class Term:
       summed: How many axes are summed over.
       once: Whether each entry of the source reaches each entry of the value in one way: then the
         squares of all that it is multiplied by give the spread.
-      finite: Whether its factors are the program's values, and no slopes, which may be infinite.
+      finite: Whether its factors are finite where the program's values are: those values, and
+        slopes of which that is known.
     """
 
     scale: float

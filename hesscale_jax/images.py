@@ -138,7 +138,7 @@ class Images:
         self._apart = frozenset(apart)
         self._forms: dict[Value, Form] = {}
         self._leaves = frozenset(leaves)
-        self._multiplied: set[Value] = set()  # what is computed of products
+        self._multiplied: set[Value] = set()  # what is computed of products, or sums
         self._bent: set[Value] = set()  # whose forms are of curved functions of products
         # The values each entry of which depends on one entry of each leaf, the same for all.
         self._separate = set(self._leaves)
@@ -281,7 +281,7 @@ class Images:
         for reached in (self._multiplied, self._bent):
             if not reached.isdisjoint(self._active(eqn)):
                 reached.update(eqn.outputs)
-        if eqn.name == "dot_general" or (eqn.name == "reduce_sum" and self._is_affine(eqn)):
+        if eqn.name == "dot_general" or (eqn.name == "reduce_sum" and self._adds_up_an_image(eqn)):
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             form = _of_few_terms(form)
@@ -302,8 +302,8 @@ class Images:
         terms = [t for terms in form.of.values() for t in terms]
         return not inside or (len(terms) == 1 and not terms[0].summed)
 
-    def _is_affine(self, eqn: Equation) -> bool:
-        """Whether an equation takes an image that no slope of anything curved is a factor of."""
+    def _adds_up_an_image(self, eqn: Equation) -> bool:
+        """Whether an equation takes a leaf, or an image whose factors are finite."""
         (x,) = eqn.inputs
         return x in self._leaves or (
             x not in self.of(x).of

@@ -60,7 +60,11 @@ def contrastive(p):
 
 
 def dice(z):
-    hot, prob = jax.nn.one_hot(labels, 3), jax.nn.softmax(z)
+    return dice_of(jax.nn.softmax(z))
+
+
+def dice_of(prob):
+    hot = jax.nn.one_hot(labels, prob.shape[1], dtype=prob.dtype)
     return (1 - (2 * (prob * hot).sum(0) + 1) / ((prob + hot).sum(0) + 1)).mean()
 
 
@@ -400,6 +404,7 @@ LINES = {
         (lambda w: jax.lax.map(jnp.tanh, X @ w).sum() ** 2, x),
         (lambda w: jnp.log1p(jnp.prod(jax.nn.sigmoid(X @ w))), x),
         (lambda w: -jnp.sum((p := jax.nn.softmax(X @ w).mean(0)) * jnp.log(p)), B),
+        (lambda w: dice_of(jnp.exp(jax.nn.log_softmax(X @ w))), A[:, :3]),
     ],
     "What a block makes, weighted by a constant vector": [
         (lambda w: jnp.sum((jax.nn.softmax(X @ w) @ B[1]) ** 2), B),
@@ -486,6 +491,25 @@ def test_the_difference_of_two_images_does_not_cancel():
     w = jnp.zeros(6, jnp.float32)
     _, received = hs.hesscale(lambda w: -jax.nn.log_sigmoid(a @ w - b @ w).sum())(w)
     np.testing.assert_allclose(received, 0.25 * ((a - b) ** 2).sum(0), rtol=1e-5)
+
+
+def test_a_loop_that_multiplies_what_moves_is_not_affine():
+    def loss(w):
+        return (scan(lambda y, t: (A @ y + t * w, y @ w), w, STEPS)[1] ** 2).sum()
+
+    report = hs.explain(loss)(x)
+    assert [entry.value for entry in report.shared] == ["w, read at every step"]
+    assert np.abs(hs.hesscale(loss)(x)[1] / of_jax(loss, x)[1] - 1).max() > 0.01
+
+
+def test_of_entries_written_over_one_another_one_counts():
+    def loss(w):
+        return (jnp.zeros(5).at[np.array([1, 2, 2, 0, 4])].set(X @ w) ** 2).sum()
+
+    _, grad, received = computed(loss, x)
+    expected_grad, expected = of_jax(loss, x)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-9)
+    np.testing.assert_allclose(received, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("k", range(len(programs.IDENTITIES)))

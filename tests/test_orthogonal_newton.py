@@ -167,7 +167,7 @@ TARGETS, ADVANTAGES = 3 * normal(32, 2, seed=5), normal(32, seed=6)
     ids=["Cauchy", "cosine", "policy gradient", "generator"],
 )
 def test_trains_where_the_loss_is_not_convex_in_the_outputs(head):
-    # The inputs' second moments are indefinite: they made the steps NaN or 0.
+    # The inputs' second moments are indefinite, and have no inverse by Newton and Schulz.
     def loss(params):
         return head(jnp.tanh(normal(32, 4) @ params[0]) @ params[1])
 

@@ -276,7 +276,7 @@ def _renewed(
 
 
 def damped_inverse(a: jax.Array, damping: ArrayLike) -> jax.Array:
-    """Of each matrix over its mean eigenvalue, plus the damping: by matrix products alone.
+    """Of each matrix over its mean eigenvalue, plus the damping: by matrix products.
 
     Newton and Schulz's iteration squares the error ``I - A X``, until it is that of rounding after
     one more step. Its norm is 1 less ``damping / n`` at first, at worst. It does not converge for a
@@ -429,11 +429,11 @@ def orthogonal_newton(
     matter. What is no layer's weights (biases, norms, embeddings, weights of one input or output)
     is updated by Adam, at the same learning rate.
 
-    Only products of matrices are computed, nothing is decomposed, but for an :math:`A` that is not
-    positive, as of a loss that is not convex in the model's outputs: it is replaced by
-    :math:`|A| = (A^2)^{1/2}`. The inputs of a layer with more
-    than 8192 of them are taken as isotropic, its :math:`A` as the identity. Factors renewed at
-    every tenth step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
+    Only products of matrices are computed, nothing is decomposed, unless :math:`A / \bar a +
+    \delta I` is not positive, as of a loss that is not convex in the model's outputs: there
+    :math:`|A| = (A^2)^{1/2}` takes the place of :math:`A`. The inputs of a layer with more than
+    8192 of them are taken as isotropic, its :math:`A` as the identity. Factors renewed at every
+    tenth step, by :func:`hesscale_jax.value_and_factors_every`, serve as well as new ones.
 
     Args:
         learning_rate: A global scaling factor, either fixed or evolving along iterations with a
