@@ -519,8 +519,7 @@ def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
         operands = [_as(v, x) for v, x in zip(eqn.inputs, map(read, eqn.inputs), strict=True)]
 
         def result(x: Any) -> Any:
-            results = _jaxpr.bind(eqn, *operands[:i], x, *operands[i + 1 :])
-            return _jaxpr.listed(results, eqn)[k]
+            return _run(eqn, *operands[:i], x, *operands[i + 1 :])[k]
 
         _, along = jax.jvp(result, [operands[i]], [jnp.ones_like(operands[i])])
         return read.number(along)
@@ -545,6 +544,8 @@ def _is_linear(eqn: Equation, active: Sequence[int]) -> bool:
 
 def _is_linear_loop(eqn: Equation, active: Sequence[int]) -> bool:
     (body,) = eqn.bodies
+    if eqn.sources[0].effects:
+        return False  # They would take place again.
     inputs, outputs = body.program.inputs, body.program.outputs
     moving = {v for v, i in zip(inputs, body.inputs, strict=True) if i in active}
     while True:
@@ -599,8 +600,7 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
         ]
 
         def result(x: Any) -> Any:
-            results = _jaxpr.bind(eqn, *operands[:i], x, *operands[i + 1 :])
-            return _jaxpr.listed(results, eqn)[k]
+            return _run(eqn, *operands[:i], x, *operands[i + 1 :])[k]
 
         def image(unit: Any) -> Any:
             return jax.jvp(result, [operands[i]], [unit.reshape(operand.shape)])[1]
@@ -608,6 +608,14 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
         return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
 
     return Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
+
+
+def _run(eqn: Equation, *operands: Any) -> list[Any]:
+    """The results, of a loop without what its steps compute for nothing."""
+    changes = {}
+    if eqn.name == "scan":
+        changes["jaxpr"] = _jaxpr.without_dead_code(eqn.params["jaxpr"])
+    return _jaxpr.listed(_jaxpr.bind(eqn, *operands, **changes), eqn)
 
 
 def _as(atom: Value | Constant, x: Any) -> Any:

@@ -192,7 +192,11 @@ class _Walk:
         )
         groups = _jaxpr.scan_groups(eqn)
         consts, carry = ([self._read(eqn.inputs[i]) for i in group] for group in groups[:2])
-        xs = [self._collapsed(eqn.inputs[i]) for i in groups[2]]
+        # A step may ignore what it is handed: the same value may be in the block then.
+        xs = [
+            self._collapsed(v) if v in through.scanned else self._read(v)
+            for v in (eqn.inputs[i] for i in groups[2])
+        ]
         moving = [i in through.carries for i in range(len(carry))]
 
         def handed_on(carry: Sequence[Moments]) -> list[Moments]:

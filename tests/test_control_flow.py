@@ -549,6 +549,12 @@ PLACES = {
     "twice": lambda effect, w: jnp.tanh(INPUTS @ w * effect(INPUTS)) * effect(INPUTS),
     "scan": lambda effect, w: over_time(lambda h, x: jnp.tanh(h @ w + effect(h) * x), w),
     "scan in a scan": nested,
+    "affine scan": lambda effect, w: (
+        lax.scan(lambda h, x: (0.1 * w.T @ w @ h + effect(x) * x, None), w[0], INPUTS)[0] * w[0]
+    ),
+    "linear scan": lambda effect, w: (
+        lax.scan(lambda h, x: (jnp.flip(h) + effect(x) * x, None), w[0], INPUTS)[0] * w[0]
+    ),
     "cond": lambda effect, w: lax.cond(
         (INPUTS @ w).sum() < 1e6, lambda x: jnp.tanh(x @ w) * effect(x @ w), jnp.sin, INPUTS
     ),
@@ -593,6 +599,45 @@ def test_effects_take_place_as_often_as_under_grad(kind, place):
         assert np.isfinite(hess_diag).all()
         assert found_calls == calls
         assert_close(found_state, state)
+
+
+def test_a_loop_that_computes_for_nothing_what_has_no_forward_derivative():
+    rounded = jax.custom_vjp(lambda x: jnp.round(x))
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+    def loss(w, unused):
+        def step(h, x):
+            if unused:
+                rounded(w)
+            return jnp.flip(h) + x, None
+
+        h, _ = lax.scan(step, w[0], INPUTS)
+        return jnp.sum((h * w[0]) ** 2)
+
+    w = jnp.asarray(PARAMS["layers"]["w"][0])
+    received, expected = (hs.hesscale(functools.partial(loss, unused=x))(w) for x in (True, False))
+    assert_close(received, expected)
+
+
+def test_a_loop_in_a_checkpoint_that_ignores_what_it_is_handed():
+    def loss(params, wrap):
+        x, w = params
+        y = jnp.where(x > 0.1, x * x, x)
+
+        def loop(y):
+            def step(h, _):
+                return jnp.sin(h - y), h
+
+            return lax.scan(step, x, y)[1]
+
+        return jnp.sum(wrap(loop)(y) ** 2) + jnp.sum(y @ w)
+
+    params = normal(2, 3), normal(3)
+    received, expected = (
+        hs.hesscale(functools.partial(loss, wrap=wrap))(params)
+        for wrap in (jax.checkpoint, jax.jit)
+    )
+    assert_close(received, expected)
 
 
 def test_mutable_arrays_in_a_branch_give_the_right_diagonal():

@@ -25,10 +25,11 @@ from hesscale_jax._jaxpr.binding import (
     uses_state,
     varying_as,
     with_constants,
+    without_dead_code,
     without_state,
 )
 from hesscale_jax._jaxpr.bodies import body, has_effects, is_collective, passes_entrywise
-from hesscale_jax._jaxpr.custom_rules import along, moved_results
+from hesscale_jax._jaxpr.custom_rules import along, moved_results, of_values
 from hesscale_jax._jaxpr.flattening import flatten, pure
 from hesscale_jax._jaxpr.inspection import (
     complex_primitive,
@@ -109,6 +110,7 @@ __all__ = [
     "moved_results",
     "multiply",
     "number",
+    "of_values",
     "passes_entrywise",
     "pure",
     "run",
@@ -127,6 +129,7 @@ __all__ = [
     "varies",
     "varying_as",
     "with_constants",
+    "without_dead_code",
     "without_state",
     "zero_outputs",
 ]

@@ -40,6 +40,7 @@ __all__ = [
     "uses_state",
     "varying_as",
     "with_constants",
+    "without_dead_code",
     "without_state",
 ]
 
@@ -67,6 +68,13 @@ def bind(eqn: Equation, *operands: Any, **changes: Any) -> Any:
         operands = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in operands)
     results = eqn.primitive.bind(*operands, **params)
     return results[0] if eqn.primitive.multiple_results and len(results) == 1 else results
+
+
+def without_dead_code(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """A program without what it computes for nothing, which may have no derivative."""
+    outputs = [True] * len(jaxpr.out_avals)
+    live, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, outputs, instantiate=True)
+    return core.ClosedJaxpr(live, jaxpr.consts)
 
 
 def takes(eqn: Equation, operands: Sequence[Any]) -> bool:

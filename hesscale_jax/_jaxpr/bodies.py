@@ -56,7 +56,7 @@ def is_collective(eqn: Equation) -> bool:
 
 
 def body(jaxpr: Any, eqn: Equation, given: Sequence[Any] = ()) -> Body:
-    """A body that takes the operands of its equation in order, of which some are given.
+    """A body that takes the operands of its equation in order, of which the first are given.
 
     What a function with its own derivative computes is run for its curvature besides that
     derivative: without effects.
@@ -88,7 +88,13 @@ def bodies_of(eqn: Equation) -> Iterator[Body]:
         case "custom_jvp_call" | "custom_vjp_call":
             yield body(params["call_jaxpr"], eqn, eqn.inputs)
         case "shard_map":
-            yield body(params["jaxpr"], eqn)
+            # On each device, what is split in two ways is two values.
+            split: dict[Any, Any] = {}
+            given = [
+                v if isinstance(v, Value) and split.setdefault(v, spec) == spec else None
+                for v, spec in zip(eqn.inputs, params["in_specs"], strict=True)
+            ]
+            yield body(params["jaxpr"], eqn, given)
 
 
 def acts_entrywise(eqn: Equation) -> bool:

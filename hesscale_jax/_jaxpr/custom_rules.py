@@ -22,6 +22,7 @@ __all__ = [
     "expansion_by_rule",
     "is_own",
     "moved_results",
+    "of_values",
     "one_by_one",
 ]
 
@@ -84,6 +85,18 @@ def along(eqn: Equation, primals: Sequence[Any], positions: Sequence[int]) -> Ca
         for position, operand in zip(positions, operands, strict=True):
             replaced[position] = operand
         return bind(eqn, *replaced)
+
+    return function
+
+
+def of_values(
+    eqn: Equation, primals: Sequence[Any], positions: Sequence[int]
+) -> Callable[..., Any]:
+    """The equation as a function of the values at ``positions``, wherever it takes them."""
+
+    def function(*operands: Any) -> Any:
+        given = dict(zip((eqn.inputs[i] for i in positions), operands, strict=True))
+        return bind(eqn, *(given.get(v, x) for v, x in zip(eqn.inputs, primals, strict=True)))
 
     return function
 

@@ -87,14 +87,18 @@ def flatten(
     equation with an effect is kept, unless ``effects`` are not wanted. A function with a ``jvp``
     rule of its own that acts entry by entry stands there once for each result, if they are to be
     taken ``apart``; one that mixes entries stands there as its rule says, unless its label is among
-    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out. Of the
-    inputs some may be ``given``, by constants of few numbers: these are read in their place.
+    the ``ruled``. Loops of no more equations than ``unroll`` over all steps are written out. For
+    some of the inputs it may be ``given`` what they are: constants of few numbers are read in
+    their place, and of one value at several places the first is.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     builder = _Builder(inputs, apart, ruled, unroll=unroll)
     numbers = Numbers({})
+    first: dict[Any, Value] = {}  # the input that reads a value
     read = [
-        x if isinstance(x, Constant) and numbers.of(x) is not None else v
+        x
+        if isinstance(x, Constant) and numbers.of(x) is not None
+        else first.setdefault(x if isinstance(x, Value) else v, v)
         for x, v in itertools.zip_longest(given, inputs)
     ]
     outputs = builder.inline(closed, read, callers)

@@ -18,7 +18,7 @@ __all__ = ["call", "linear_call", "vectorised"]
 def call(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """The moments that the jaxpr the equation holds gives."""
     (held,) = (p for p in eqn.params.values() if isinstance(p, core.ClosedJaxpr))
-    return recurse(held, operands)
+    return recurse(_jaxpr.body(held, eqn, eqn.inputs), operands)
 
 
 def linear_call(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -26,7 +26,8 @@ def linear_call(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> lis
     primals = [x.primal for x in operands]
     results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
     shifts = push(eqn, primals, [x.shift for x in operands])
-    scattered = recurse(eqn.params["callee"], [x._replace(shift=None) for x in operands])
+    body = _jaxpr.body(eqn.params["callee"], eqn, eqn.inputs)
+    scattered = recurse(body, [x._replace(shift=None) for x in operands])
     return [Moments(y, dy, z.spread) for y, dy, z in zip(results, shifts, scattered, strict=True)]
 
 

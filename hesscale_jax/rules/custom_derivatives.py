@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Constant, Equation, Program, Value, size
+from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Value, size
 from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments, spread_dtype
-from hesscale_jax.rules.dense_jacobian import matrix_function
+from hesscale_jax.rules.dense_jacobian import matrix_function, varying
 from hesscale_jax.rules.derivatives import nested
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import PiecewiseConstant, jvp, push
@@ -80,13 +80,13 @@ def defined_by(function: Callable[..., Any]) -> Rule:
 
     def rule(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
         traced = _jaxpr.trace(function, *(x.primal for x in operands))
-        return _bent(eqn, operands, traced, recurse)
+        return _bent(eqn, operands, _jaxpr.body(traced, eqn, eqn.inputs), recurse)
 
     rule.__name__ = f"defined_by({getattr(function, '__name__', 'function')})"
     return rule
 
 
-def _bent(eqn: Equation, operands: Sequence[Moments], body: Any, recurse: Any) -> list[Moments]:
+def _bent(eqn: Equation, operands: Sequence[Moments], body: Body, recurse: Any) -> list[Moments]:
     """The equation's own derivative along the shifts, and what the spreads give in ``body``."""
     primals = [x.primal for x in operands]
     results, shifts = jvp(eqn, primals, [x.shift for x in operands])
@@ -107,11 +107,11 @@ def own_jacobian(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> li
     """
     primals = [x.primal for x in operands]
     results, shifts = jvp(eqn, primals, [x.shift for x in operands])
-    moving = [i for i, x in enumerate(operands) if x.spread is not None]
+    moving = [i for i, _ in varying(eqn, operands)]
     wanted = [k for k, asked in enumerate(recurse.wanted) if asked]
     spreads: list[Any] = [None] * len(results)
     if moving and wanted:
-        along = _jaxpr.along(eqn, primals, moving)
+        along = _jaxpr.of_values(eqn, primals, moving)
         ys, back = jax.vjp(
             lambda *xs: [_jaxpr.listed(along(*xs), eqn)[k] for k in wanted],
             *(primals[i] for i in moving),
@@ -138,9 +138,9 @@ def own_derivatives(eqn: Equation, operands: Sequence[Moments], recurse: Any) ->
     found = own_jacobian(eqn, operands, recurse)
     if not recurse.curved:
         return found
-    for i, k in itertools.product(range(len(operands)), range(len(found))):
-        if operands[i].spread is not None and found[k].spread is not None:
-            bend = _own_bend(eqn, [x.primal for x in operands], i, k, operands[i].spread)
+    for (i, x), k in itertools.product(varying(eqn, operands), range(len(found))):
+        if found[k].spread is not None:
+            bend = _own_bend(eqn, [x.primal for x in operands], i, k, x.spread)
             found[k] = found[k]._replace(shift=total(found[k].shift, bend))
     return found
 
@@ -165,7 +165,7 @@ def _own_bend(eqn: Equation, primals: Sequence[Any], i: int, k: int, spread: Any
 
 def _slope(eqn: Equation, primals: Sequence[Any], i: int, k: int) -> Callable[[Any, Any], Any]:
     """The backward pass from result ``k`` to operand ``i``, as a function of the operand."""
-    fun = _jaxpr.along(eqn, primals, [i])
+    fun = _jaxpr.of_values(eqn, primals, [i])
     return lambda x, g: jax.vjp(lambda x: _jaxpr.listed(fun(x), eqn)[k], x)[1](g)[0]
 
 
@@ -259,10 +259,11 @@ def _signed_squares(
     found: dict[int, Any] = dict.fromkeys(ys)
     for _ in range(SIGNS):
         z = [jnp.asarray(generator.choice([-1.0, 1.0], y.shape), y.dtype) for y in ys.values()]
-        tangents: list[Any] = [None] * len(primals)
-        for i, u in zip(into, back(z), strict=True):
-            tangents[i] = u * lax.convert_element_type(into[i], u.dtype)
-        pushed = push(eqn, primals, tangents)
+        of_values = {
+            eqn.inputs[i]: u * lax.convert_element_type(into[i], u.dtype)
+            for i, u in zip(into, back(z), strict=True)
+        }
+        pushed = push(eqn, primals, list(map(of_values.get, eqn.inputs)))
         for k, sign in zip(ys, z, strict=True):
             dy = pushed[k]
             wide = lax.convert_element_type(sign * dy / SIGNS, spread_dtype(dy.dtype))

@@ -1,6 +1,6 @@
 """Any equation that JAX differentiates twice: by its dense Jacobian, or by random signs.
 
-Both hold for one equation: its operands, and the entries of each, count as independent.
+Both hold for one equation: its operands that differ, and the entries of each, count as independent.
 """
 
 import math
@@ -20,7 +20,7 @@ from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
 from hesscale_jax.rules.table import ByEquation, Find
 
-__all__ = ["MAX_ENTRIES", "SAMPLES", "dense", "matrix_function", "sampled", "signs"]
+__all__ = ["MAX_ENTRIES", "SAMPLES", "dense", "matrix_function", "sampled", "signs", "varying"]
 
 # A matrix of 16 rows: a Cholesky factor's Jacobian took 20 ms there on a CPU, with 32 rows 280 ms,
 # where 16 signs took 1 ms and the gradient 0.1 ms.
@@ -52,9 +52,7 @@ def dense(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
     shifts = push(eqn, primals, [x.shift for x in operands])
     spreads: list[Any] = [None] * len(results)
     carried = [k for k, v in enumerate(eqn.outputs) if is_inexact(v)]
-    for i, x in enumerate(operands):
-        if x.spread is None or not x.primal.size:
-            continue
+    for i, x in varying(eqn, operands):
         batch = batch_axes(eqn, i)
         for k, slopes, bends in zip(carried, *_derivatives(eqn, primals, i, carried), strict=True):
             spread = _weighted(slopes**2, x.spread, batch, eqn.outputs[k])
@@ -139,6 +137,15 @@ def signs(eqn: Equation, i: int, x: Any, samples: int) -> Any:
     return jax.random.rademacher(key, (samples, *x.shape), x.dtype)
 
 
+def varying(eqn: Equation, operands: Sequence[Moments]) -> list[tuple[int, Moments]]:
+    """The operands that have a spread, with their positions: a value that is several, once."""
+    return [
+        (i, x)
+        for i, x in enumerate(operands)
+        if x.spread is not None and x.primal.size and eqn.inputs.index(eqn.inputs[i]) == i
+    ]
+
+
 def _entries(eqn: Equation) -> Any:
     """How many numbers the largest Jacobian in an operand has."""
     results = sum(size(v.shape) for v in eqn.outputs if is_inexact(v))
@@ -185,9 +192,7 @@ def _sampled(
     shifts = push(eqn, primals, [x.shift for x in operands])
     spreads: list[Any] = [None] * len(results)
     carried = [k for k, v in enumerate(eqn.outputs) if is_inexact(v)]
-    for i, x in enumerate(operands):
-        if x.spread is None or not x.primal.size:
-            continue
+    for i, x in varying(eqn, operands):
         fun = _carried(eqn, primals, i, carried)
 
         def along(z: Any, x: Moments = x, fun: Any = fun) -> Any:
@@ -212,8 +217,8 @@ def _sampled(
 
 
 def _carried(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
-    """The results that carry moments, as a function of operand ``i``."""
-    equation = _jaxpr.along(eqn, primals, [i])
+    """The results that carry moments, as a function of the value that operand ``i`` is."""
+    equation = _jaxpr.of_values(eqn, primals, [i])
 
     def fun(x: Any) -> list[Any]:
         results = _jaxpr.listed(equation(x), eqn)
