@@ -23,7 +23,7 @@ from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.forms import Form
 from hesscale_jax.head import LossHead, names_output
-from hesscale_jax.images import Images, Part
+from hesscale_jax.images import Images, Part, images_of
 from hesscale_jax.layout import layouts
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
@@ -129,7 +129,7 @@ def _explained(
     head = LossHead(program, steps.rules, affine_in(steps), program.inputs, named=named)
     title = f"{getattr(fun, '__name__', type(fun).__name__)}, curvature={curvature!r}"
     marked = curvature != "hessian"
-    images = Images(steps, program.inputs, program.outputs[:1])
+    images = images_of(steps, program.inputs, program.outputs[:1])
     report = _Explanation(program, steps, images, head, names, rule, marked).report(title)
     found = layouts(program, program.outputs[:1], rule, program.inputs)
     return dataclasses.replace(
@@ -299,7 +299,7 @@ class _Explanation:
             steps, head = self._within(eqn, body, paths)
             names = self._handed(eqn, body)
             leaves = self._images.leaves_within(eqn, body)
-            images = Images(steps, leaves, self._images.last_within(eqn, body, steps))
+            images = images_of(steps, leaves, self._images.last_within(eqn, body, steps))
             inside = _Explanation(
                 body.program, steps, images, head, names, self._rule, self._marked
             )

@@ -109,6 +109,7 @@ class Factor:
       compute: The array, from a function that gives the primals of those values.
       static: The array, if it is known.
       base: What it is a reshape of, if it is one.
+      within: Whether it is an index that is within bounds.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -117,6 +118,7 @@ class Factor:
     compute: Callable[[Reader], Any]
     static: np.ndarray | None = None
     base: "Factor | None" = None
+    within: bool = False
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -197,6 +199,12 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
         return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
     return Factor(x.shape, _reads((x, y)), add).reshaped(a.shape)
+
+
+def _entries(x: Any, at: Sequence[Any]) -> Any:
+    """At positions along the first axes, none of which is out of bounds."""
+    at = tuple(map(jnp.asarray, at))
+    return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _scaled(c: float, x: Any) -> Any:
@@ -593,7 +601,12 @@ class Form:
         """At positions along some axes, 0 where one is negative; the axes of the indices lead."""
         rank, lead = len(self.shape), indices[0].shape
         rest = [i for i in range(rank) if i not in dims]
-        outside = [i for i in indices if i.static is None or (i.static < 0).any()]
+        outside = [
+            i for i in indices if not (i.within or (i.static is not None and (i.static >= 0).all()))
+        ]
+
+        def bounded(i: Factor) -> Factor:
+            return i.mapped(lambda x: x.clip(0), i.shape) if i in outside else i
 
         def change(f: Factor) -> Factor:
             more = range(rank, len(f.shape))
@@ -606,13 +619,15 @@ class Form:
                 raise TooLarge
             along = [i for i, n in enumerate(f.shape[: len(dims)]) if n != 1]
             f = f.reshaped([*(f.shape[i] for i in along), *after])
-            at = [indices[i] for i in along]
+            at = [bounded(indices[i]) for i in along]
             static = [i.static for i in at if i.static is not None]
             if f.static is not None and len(static) == len(at):
-                return known(f.static[tuple(i.clip(0) for i in static)])
+                return known(f.static[tuple(static)])
+            if len(at) == 1 and _runs_along(f, 0, f.shape[0]):
+                return at[0].mapped(lambda i: i.astype(int), lead).widened(len(after))
 
             def take(x: Any, *at: Any) -> Any:
-                return jnp.asarray(x)[tuple(i.clip(0) for i in at)]
+                return _entries(jnp.asarray(x), at)
 
             return combined(take, sizes, f, *at)
 
@@ -960,7 +975,5 @@ def _at(
     rest = [axis for axis in range(spread.ndim) if axis not in taken]
     rows = jnp.transpose(spread, [*taken, *rest])
     indices = (i.reshaped([i.shape[d] for d in dims]) for i in taken.values())
-    # Of what is known, no index is negative: JAX does not look at unsigned ones.
-    at = (read.array(i) if i.static is None else i.static.astype(np.uint32) for i in indices)
-    y = rows[tuple(map(jnp.asarray, at))]
+    y = _entries(rows, list(map(read.array, indices)))
     return y, [*dims, *(labels[axis] for axis in rest)]

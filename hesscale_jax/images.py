@@ -47,7 +47,7 @@ from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import Multilinear, product_frame
 from hesscale_jax.rules.selection import Selection, extremum
 
-__all__ = ["Images", "Part"]
+__all__ = ["Images", "Part", "images_of"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +70,10 @@ class Part:
 
 # A value of more terms of a source than these, or of more sources, is a source by itself.
 MOST_TERMS, MOST_SOURCES = 8, 16
+
+# A program of more equations than SHORT takes about MOST_ADDED more for the covariances of terms, or
+# ADDED_PER_EQUATION for each of its own, whatever is more.
+SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 420, 7
 
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
@@ -108,6 +112,30 @@ class Needs(NamedTuple):
                 self.sources.add(source)
 
 
+def images_of(
+    steps: Plan,
+    leaves: Iterable[Value],
+    last: Iterable[Value],
+    apart: Iterable[Value] = frozenset(),
+) -> "Images":
+    """The forms of a program's values: those near the loss, if all would be too many.
+
+    What they add to a program so grows with its length, and no faster. The arguments are those of
+    :class:`Images`.
+    """
+    given = steps, frozenset(leaves), frozenset(last), frozenset(apart)
+    found = Images(*given)
+    whole, short = 0, len(steps.rules)  # since when forms are kept: too many, and not too many
+    most = max(MOST_ADDED, ADDED_PER_EQUATION * short)
+    if short > SHORT and found.equations(most) > most:
+        while short - whole > 1:
+            since = (short + whole) // 2
+            few = Images(*given, since).equations(most) <= most
+            whole, short = (whole, since) if few else (since, short)
+        found = Images(*given, short)
+    return found
+
+
 class Images:
     """The forms of a program's values.
 
@@ -124,6 +152,7 @@ class Images:
         leaves: Iterable[Value],
         last: Iterable[Value],
         apart: Iterable[Value] = frozenset(),
+        since: int = 0,
     ) -> None:
         """Find the forms of all values on a path.
 
@@ -132,6 +161,7 @@ class Images:
           leaves: The inputs that are leaves, or whose entries are independent as those are.
           last: The outputs after which nothing mixes entries, as after a network's last layer.
           apart: The inputs that no form is to be in.
+          since: The number of the equation since which a value may have more than one term.
         """
         self._steps = steps
         self.last = frozenset(_unmixed(steps, last))
@@ -145,10 +175,22 @@ class Images:
         self.products: dict[Equation, tuple[Form, Form]] = {}
         self._home: dict[Value, Block] = {}  # the block that makes a value
         self._taken_from: dict[Value, Value] = {}  # selections and sums of a value
-        for eqn in steps.rules:
-            self._add(eqn)
+        for number, eqn in enumerate(steps.rules):
+            limits = (MOST_TERMS, MOST_SOURCES) if number >= since else (1, 1)
+            self._add(eqn, limits)
         self.blocks = dict(self._met_in_blocks())
         self.needs = list(self._needed())
+
+    def equations(self, most: int) -> int:
+        """About how many equations the covariances take; beyond ``most``, not all are counted."""
+        met = [*map(dict.values, self.blocks.values()), *self.products.values()]
+        pairs = (itertools.combinations_with_replacement(forms, 2) for forms in met)
+        count = 0
+        for a, b in itertools.chain(*pairs):
+            count += sum(_equations(a, b, source) for source in a.of.keys() & b.of.keys())
+            if count > most:
+                break
+        return count
 
     def of(self, value: Value) -> Form:
         """The form of a value."""
@@ -261,7 +303,7 @@ class Images:
 
     # The forms, in program order
 
-    def _add(self, eqn: Equation) -> None:
+    def _add(self, eqn: Equation, limits: tuple[int, int]) -> None:
         rule = self._steps.rules[eqn]
         if not all(map(_is_known, (*eqn.inputs, *eqn.outputs))):
             return
@@ -284,7 +326,7 @@ class Images:
         if eqn.name == "dot_general" or (eqn.name == "reduce_sum" and self._adds_up_an_image(eqn)):
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
-            form = _of_few_terms(form)
+            form = _of_few_terms(form, *limits)
             if not form.of or not self._apart.isdisjoint(form.of):
                 continue
             if self._is_whole(eqn, form):
@@ -431,17 +473,17 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
     return read - mixed
 
 
-def _of_few_terms(form: Form) -> Form:
+def _of_few_terms(form: Form, most_terms: int, most_sources: int) -> Form:
     """With terms of known arrays as one where there are too many; empty if that does not do."""
 
     def are_few(terms: Sequence[Term]) -> bool:
-        return len(terms) <= MOST_TERMS
+        return len(terms) <= most_terms
 
     of = {
         x: terms if are_few(terms) else tuple(together(terms, len(form.shape), x.shape))
         for x, terms in form.of.items()
     }
-    few = len(of) <= MOST_SOURCES and all(map(are_few, of.values()))
+    few = len(of) <= most_sources and all(map(are_few, of.values()))
     return Form(form.shape, of if few else {})
 
 
@@ -453,6 +495,28 @@ def _only_selects(eqn: Equation) -> bool:
 
 def _is_known(value: Any) -> bool:
     return all(isinstance(n, int) for n in value.shape)
+
+
+def _equations(a: Form, b: Form, source: Any) -> int:
+    """About how many a covariance of two images of a source takes."""
+    left, right = (together(form.of[source], len(a.shape), source.shape) for form in (a, b))
+    distinct = itertools.combinations_with_replacement(left, 2)
+    pairs = distinct if a is b else itertools.product(left, right)
+    return sum(_of_pair(s, t) for s, t in pairs if not are_apart(s, t, len(a.shape)))
+
+
+def _of_pair(s: Term, t: Term) -> int:
+    """To multiply, add and contract factors, to compare indices, and to take a spread at some."""
+    factors = {f for f in (*s.factors, *t.factors) if any(isinstance(v, Value) for v in f.reads)}
+    count = 2 + len(factors) + (12 if factors and (s.summed or t.summed) else 0)
+    for i, j in zip(s.at, t.at, strict=True):
+        if isinstance(i, int) and isinstance(j, int):
+            continue
+        if isinstance(i, int) or isinstance(j, int):
+            count += 4
+        else:
+            count += (0 if i.same(j) else 2) + (2 if i.static is None else 0)
+    return count
 
 
 def _meet(a: Form, b: Form, dims: Sequence[int]) -> bool:
@@ -744,7 +808,7 @@ def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | 
                 (n,),
                 of_atom(atom),
             )
-            x = _along(x, dim, index)
+            x = _along(x, dim, dataclasses.replace(index, within=True))
     return [x]
 
 
@@ -818,7 +882,9 @@ def _position(indices: Factor, k: int, size: int, mode: Any) -> Factor:
             return i
         return _where((i >= 0) & (i < size), i, -1)
 
-    return indices.mapped(pick, indices.shape[:-1])
+    position = indices.mapped(pick, indices.shape[:-1])
+    bounded = mode in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    return dataclasses.replace(position, within=bounded)
 
 
 def _counted(shape: Sequence[int], dim: int) -> Factor:
@@ -954,7 +1020,7 @@ def _top_k(eqn: Equation, x: Form) -> list[Form]:
 
 def _in_order(x: Form, dim: int, index: Factor) -> Form:
     """At positions along one axis, which differ along the others."""
-    axes = range(len(x.shape))
+    axes, index = range(len(x.shape)), dataclasses.replace(index, within=True)
     return x.taken(axes, [index if i == dim else _counted(index.shape, i) for i in axes])
 
 

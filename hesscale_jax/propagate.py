@@ -16,7 +16,7 @@ from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.forms import Reader, variance
 from hesscale_jax.head import LossHead, check_regions, names_output
-from hesscale_jax.images import Images, Needs, Part
+from hesscale_jax.images import Needs, Part, images_of
 from hesscale_jax.layout import arrivals, reads
 from hesscale_jax.loops import LoopArithmetic
 from hesscale_jax.moments import Moments, spread_dtype
@@ -102,7 +102,7 @@ class _Walk:
         self._spreads = spreads
         self._moments = dict(zip(program.inputs, operands, strict=True))
         factored = [v for v, x in self._moments.items() if isinstance(x.spread, Factored)]
-        self.images = Images(steps, leaves, last, factored)
+        self.images = images_of(steps, leaves, last, factored)
         self._arriving = self._routed(factored)
         self._blocks: dict[Block, BlockArithmetic] = {}
         self._made_in: dict[Value, BlockArithmetic] = {}
