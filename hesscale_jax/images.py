@@ -71,9 +71,9 @@ class Part:
 # A value of more terms of a source than these, or of more sources, is a source by itself.
 MOST_TERMS, MOST_SOURCES = 8, 16
 
-# A program of more equations than SHORT takes about MOST_ADDED more for the covariances of terms, or
-# ADDED_PER_EQUATION for each of its own, whatever is more.
-SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 420, 7
+# In a program of more equations than SHORT, the covariances of terms take about MOST_ADDED more, or
+# ADDED_PER_EQUATION for each of its own, whichever is more.
+SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 600, 7
 
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}

@@ -188,6 +188,13 @@ def test_a_long_loss_s_program_grows_as_its_gradient_s(step):
     assert (long - short) / (last - first) <= 1.15 * max(short / first, limit)
 
 
+def test_explain_names_what_is_left_out_of_a_long_program():
+    short, long = (hs.explain(lambda x, n=n: unrolled(sorting, n)(x, x, [x])) for n in (2, 24))
+    x, *_ = state()
+    assert not short(x).dropped
+    assert long(x).dropped
+
+
 @pytest.mark.parametrize("family", ["block", "segments", "last_layer", "meeting", "penalized"])
 def test_random_programs_take_few_times_the_gradient_s_equations(family):
     draw, _ = programs.FAMILIES[family]

@@ -12,12 +12,14 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import programs
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import hesscale_jax as hs
+from hesscale_jax import images
 
 TIMES = int(os.environ.get("HESSCALE_EXAMPLES", "1"))
 EXAMPLES = {
@@ -67,7 +69,8 @@ def test_random_program(family: str) -> None:
     def run(rng: random.Random) -> None:
         case = draw(rng)
         try:
-            check(case)
+            with programs.whole():
+                check(case)
         except Exception as error:
             error.add_note(case.fun.__doc__)
             raise
@@ -88,6 +91,27 @@ def test_traced_again_it_is_the_same_program(family: str) -> None:
 
         kept = [lowered() for _ in range(2)]
         assert lowered() == kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("family", ["anything", "control", "meeting", "segments"])
+def test_whatever_is_left_out_the_gradient_is_right(family: str, monkeypatch) -> None:
+    monkeypatch.setattr(images, "SHORT", 0)
+    monkeypatch.setattr(images, "MOST_ADDED", 10)
+    monkeypatch.setattr(images, "ADDED_PER_EQUATION", 0)
+    for seed in range(6):
+        fun, args, *_ = programs.FAMILIES[family][0](random.Random(seed))
+        at = range(len(args))
+
+        def both(*args, fun=fun, at=at):
+            def loss(*args):
+                return jnp.sum(fun(*args) ** 2)
+
+            return hs.hesscale(loss, at)(*args), jax.grad(loss, tuple(at))(*args)
+
+        (grads, hess_diag), expected = oracle.computed(both, *args)
+        if oracle.is_finite(expected):
+            assert_close(grads, expected)
+            assert oracle.is_finite(hess_diag)
 
 
 @pytest.mark.parametrize("seed", range(3))
