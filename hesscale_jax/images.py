@@ -125,14 +125,17 @@ def images_of(
     """
     given = steps, frozenset(leaves), frozenset(last), frozenset(apart)
     found = Images(*given)
-    whole, short = 0, len(steps.rules)  # since when forms are kept: too many, and not too many
-    most = max(MOST_ADDED, ADDED_PER_EQUATION * short)
-    if short > SHORT and found.equations(most) > most:
-        while short - whole > 1:
-            since = (short + whole) // 2
-            few = Images(*given, since).equations(most) <= most
-            whole, short = (whole, since) if few else (since, short)
-        found = Images(*given, short)
+    count = len(steps.rules)
+    most = max(MOST_ADDED, ADDED_PER_EQUATION * count)
+    if count > SHORT and found.equations(most) > most:
+        too_early, late = 0, count
+        while late - too_early > 1:
+            since = (too_early + late) // 2
+            if Images(*given, since).equations(most) > most:
+                too_early = since
+            else:
+                late = since
+        found = Images(*given, late)
     return found
 
 
@@ -360,8 +363,8 @@ class Images:
         active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
         if isinstance(rule, Pointwise):
             return self._pointwise(eqn, rule, active)
-        if eqn in self._steps.loops:
-            return self._loop(eqn, active)
+        if eqn in self._steps.loops and (forms := self._loop(eqn, active)):
+            return forms
         if eqn.name == "dot_general":
             return self._product(eqn, active)
         if _is_linear(eqn, active):
@@ -465,6 +468,7 @@ def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
             or isinstance(rule, Selection | Pointwise)
             or (isinstance(rule, Multilinear) and len(active) == 1)
             or (isinstance(rule, ControlFlow) and _only_selects(eqn))
+            or _is_linear(eqn, [i for i, v in enumerate(eqn.inputs) if v in steps.active])
         )
         moving = steps.active.intersection(eqn.outputs)
         if not keeps or not mixed.isdisjoint(moving) or not moving <= read:
@@ -502,10 +506,10 @@ def _equations(a: Form, b: Form, source: Any) -> int:
     left, right = (together(form.of[source], len(a.shape), source.shape) for form in (a, b))
     distinct = itertools.combinations_with_replacement(left, 2)
     pairs = distinct if a is b else itertools.product(left, right)
-    return sum(_of_pair(s, t) for s, t in pairs if not are_apart(s, t, len(a.shape)))
+    return sum(_equations_of(s, t) for s, t in pairs if not are_apart(s, t, len(a.shape)))
 
 
-def _of_pair(s: Term, t: Term) -> int:
+def _equations_of(s: Term, t: Term) -> int:
     """To multiply, add and contract factors, to compare indices, and to take a spread at some."""
     factors = {f for f in (*s.factors, *t.factors) if any(isinstance(v, Value) for v in f.reads)}
     count = 2 + len(factors) + (12 if factors and (s.summed or t.summed) else 0)

@@ -100,6 +100,16 @@ def in_a_loop(w):
     return jnp.sum(y * a / jnp.sum(jnp.exp(b)))
 
 
+def advantages(v):
+    residuals = 0.9 * v[1:] - v[:-1] + 0.3
+
+    def step(total, residual):
+        total = residual + 0.8 * total
+        return total, total
+
+    return scan(step, jnp.zeros((), v.dtype), residuals, reverse=True)[1]
+
+
 def sparsemax(p):
     scores = X @ p.get("w", 0.3 * A[:, :3]) + p["b"] if "b" in p else p["scores"]
     return optax.losses.multiclass_sparsemax_loss(scores, labels).mean()
@@ -263,6 +273,9 @@ LINES = {
         (lambda w: (scan(lambda y, _: (A.astype(y.dtype) @ y, y), w, None, 3)[1] ** 2).sum(), x),
         (lambda w: fori_loop(0, 12, lambda _, y: 0.3 * A.astype(y.dtype) @ y + w, w) @ w, x),
         (lambda w: jnp.sin(scan(lambda y, r: (0.5 * A @ y + r * w, y), 0 * x, X)[1]).sum(), x),
+        (lambda w: (advantages(X @ w) ** 2).mean(), x),
+        (lambda w: jnp.cosh(advantages(jnp.tanh(X @ w))).mean(), x),
+        (lambda w: jnp.exp(0.1 * scan(lambda s, d: (s + d, s + d), 0.0, X @ w)[1]).sum(), x),
         (
             lambda w: (
                 jnp.diff(fori_loop(0, 5, lambda i, b: b.at[i].set(X[i] @ w), X[:, 0])) @ (X @ w)[1:]
