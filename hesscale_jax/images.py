@@ -363,8 +363,8 @@ class Images:
         active = [i for i, v in enumerate(eqn.inputs) if v in self._steps.active]
         if isinstance(rule, Pointwise):
             return self._pointwise(eqn, rule, active)
-        if eqn in self._steps.loops and (forms := self._loop(eqn, active)):
-            return forms
+        if eqn in self._steps.loops and (made := self._loop(eqn, active)):
+            return made
         if eqn.name == "dot_general":
             return self._product(eqn, active)
         if _is_linear(eqn, active):
