@@ -110,6 +110,7 @@ class Factor:
       static: The array, if it is known.
       base: What it is a reshape of, if it is one.
       within: Whether it is an index that is within bounds.
+      cuts: Whether a 0 stands for a choice, which discards infinities and NaN.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -119,13 +120,18 @@ class Factor:
     static: np.ndarray | None = None
     base: "Factor | None" = None
     within: bool = False
+    cuts: bool = False
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
         """``function`` of it, which works on arrays of NumPy and of JAX."""
         if self.static is not None:
-            return known(function(self.static))
-        return Factor(tuple(shape), self.reads, lambda read: function(read.array(self)))
+            return known(function(self.static), self.cuts)
+
+        def compute(read: Reader) -> Any:
+            return function(read.array(self))
+
+        return Factor(tuple(shape), self.reads, compute, cuts=self.cuts)
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
@@ -158,12 +164,12 @@ class Factor:
         return bool(np.array_equal(self.static, other.static))
 
 
-def known(x: Any) -> Factor:
+def known(x: Any, cuts: bool = False) -> Factor:
     """A factor that is known."""
     x = np.asarray(x)
     if x.size > MOST_INDICES:
         raise TooLarge
-    return Factor(x.shape, frozenset(), lambda read: x, x)
+    return Factor(x.shape, frozenset(), lambda read: x, x, cuts=cuts)
 
 
 def of_atom(atom: Value | Constant) -> Factor:
@@ -260,7 +266,7 @@ class Term:
         by = by.widened(self.summed)
         for i, f in enumerate(self.factors):
             if f.static is not None and by.static is not None and f.shape == by.shape:
-                both = known(f.static * by.static)
+                both = known(f.static * by.static, f.cuts or by.cuts)
                 factors = (*self.factors[:i], both, *self.factors[i + 1 :])
                 return dataclasses.replace(self, factors=factors)
         return dataclasses.replace(self, factors=(*self.factors, by))
@@ -417,8 +423,10 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
 
         static = [p.static for p in parts if p.static is not None]
         if len(static) == len(parts):
-            return known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
-        return combined(concatenate, full, *parts)
+            whole = known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
+        else:
+            whole = combined(concatenate, full, *parts)
+        return dataclasses.replace(whole, cuts=all(p.cuts for p in parts))
 
     at = tuple(map(join, zip(*(t.at for t in terms), strict=True)))
     joined = dataclasses.replace(
@@ -622,14 +630,14 @@ class Form:
             at = [bounded(indices[i]) for i in along]
             static = [i.static for i in at if i.static is not None]
             if f.static is not None and len(static) == len(at):
-                return known(f.static[tuple(static)])
+                return known(f.static[tuple(static)], f.cuts)
             if len(at) == 1 and _runs_along(f, 0, f.shape[0]):
                 return at[0].mapped(lambda i: i.astype(int), lead).widened(len(after))
 
             def take(x: Any, *at: Any) -> Any:
                 return _entries(jnp.asarray(x), at)
 
-            return combined(take, sizes, f, *at)
+            return dataclasses.replace(combined(take, sizes, f, *at), cuts=f.cuts)
 
         shape = (*lead, *(self.shape[i] for i in rest))
         form = self.map(shape, lambda term, _: term.dims(change))
@@ -847,9 +855,14 @@ def _of_pair(
 
 
 def _times(x: Any, factors: Sequence[Factor], read: Reader) -> Any:
-    """``x`` times factors that have no axes but its own."""
-    arrays = (read.numbers(f) for f in factors)
-    return functools.reduce(operator.mul, (y.reshape(y.shape[: x.ndim]) for y in arrays), x)
+    """``x`` times factors that have no axes but its own, zero where one of them cuts."""
+    for f in factors:
+        y = read.numbers(f)
+        y = y.reshape(y.shape[: x.ndim])
+        x = x * y
+        if f.cuts:
+            x = lax.select(jnp.broadcast_to(y != 0, x.shape), x, lax.full_like(x, 0))
+    return x
 
 
 def _depends(f: Factor, axes: Iterable[int]) -> bool:

@@ -564,7 +564,8 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         return other.mapped(lambda x: 1 / x, other.shape), True
     if eqn.name == "select_n":
         which = of_atom(eqn.inputs[0])
-        return which.mapped(lambda x: x.astype("int32") == i - 1, which.shape), True
+        chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
+        return dataclasses.replace(chosen, cuts=True), True
     (y,) = eqn.outputs
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
@@ -577,7 +578,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    return Factor(tuple(y.shape), reads, slope), is_finite
+    return Factor(tuple(y.shape), reads, slope, cuts=rule.cuts), is_finite
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:

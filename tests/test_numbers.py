@@ -132,6 +132,45 @@ def test_finite_where_the_hessian_is(name):
     np.testing.assert_allclose(diagonal, expected, rtol=1e-9, atol=1e-12)
 
 
+# A choice, an infinite slope where it is 0, and images of both that meet
+CHOICES = {
+    "relu": nn.relu,
+    "clamp": lambda x: lax.clamp(0.0, x, 1.0),
+    "where": lambda x: jnp.where(x > 0, x, 0.0),
+    "where of constants": lambda x: jnp.where(np.array([True, False, True, True]), x, 0.0),
+    "sorted": lambda x: nn.relu(jnp.sort(x)),
+    "product": lambda x: nn.relu(x) * np.array([1.0, 1.0, 0.5, 2.0]),
+}
+MEETINGS = {
+    "copies": lambda v, c: jnp.sum(jnp.broadcast_to(v[:, None], (4, 3))) + jnp.sum((v + c) ** 2),
+    "reversed": lambda v, c: jnp.sum((v + c[::-1]) ** 2),
+    "rolled": lambda v, c: jnp.sum((jnp.roll(c, 1) - v) ** 2),
+    "at positions": lambda v, c: jnp.sum((v + c[np.array([1, 1, 0, 3])]) ** 2),
+    "side by side": lambda v, c: jnp.sum((jnp.concatenate([v, c]) - jnp.tile(c, 2)) ** 2),
+    "product": lambda v, c: jnp.sum(v * c[::-1]),
+    "sums": lambda v, c: jnp.sum((jnp.cumsum(c) + v) ** 2),
+    "root of a sum": lambda v, c: jnp.sum(v) + jnp.sqrt(jnp.sum(c) + jnp.sum(c[::-1] ** 2)),
+}
+
+
+@pytest.mark.parametrize("meeting", MEETINGS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_a_choice_discards_stays_away_where_its_images_meet(choice, meeting):
+    x = jnp.array([0.7, -0.4, 0.2, 0.9])
+
+    def loss(x):
+        c = CHOICES[choice](x)
+        return MEETINGS[meeting](log_where_positive(c), c)
+
+    grad, diagonal = jax.jit(hs.hesscale(loss))(x)
+    expected = exact(loss, x)
+    assert jnp.isfinite(expected).all()
+    np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-9, atol=1e-12)
+    assert jnp.isfinite(diagonal).all()
+    # Of what a choice lets through, images do not meet exactly if slopes may be infinite.
+    np.testing.assert_allclose(diagonal[1], expected[1], rtol=1e-9, atol=1e-9)
+
+
 def test_cumlogsumexp_from_minus_infinity():
     # jax.hessian gives NaN here: the expected values are those without the entries of -inf.
     def loss(x):

@@ -197,7 +197,7 @@ def _div(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int
 
 nested = Pointwise(_nested, own_jvp=True, cuts=True)
 select = Pointwise(_select, affine=lambda positions: True)
-clamp = Pointwise(_clamp)
+clamp = Pointwise(_clamp, cuts=True)
 integer_pow = Pointwise(_integer_pow)
 
 exp = unary(lambda x, y: (y, y))
