@@ -155,6 +155,11 @@ class Factor:
         """With ``count`` more axes of size 1 at the end."""
         return self.reshaped((*self.shape, *(1,) * count))
 
+    @property
+    def cutting(self) -> "Factor":
+        """The same, where a 0 stands for a choice."""
+        return dataclasses.replace(self, cuts=True)
+
     def same(self, other: "Factor") -> bool:
         """Whether both are known to be one array."""
         if self is other:
@@ -642,7 +647,7 @@ class Form:
         shape = (*lead, *(self.shape[i] for i in rest))
         form = self.map(shape, lambda term, _: term.dims(change))
         for index in outside:
-            there = index.mapped(lambda i: i >= 0, index.shape)
+            there = index.mapped(lambda i: i >= 0, index.shape).cutting
             form = form.times(there.widened(len(rest)))
         return form
 

@@ -565,7 +565,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
     if eqn.name == "select_n":
         which = of_atom(eqn.inputs[0])
         chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
-        return dataclasses.replace(chosen, cuts=True), True
+        return chosen.cutting, True
     (y,) = eqn.outputs
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
@@ -784,7 +784,7 @@ def _stack(eqn: Equation, *parts: Form | None) -> list[Form]:
         if part is not None:
             here = np.arange(shape[dim]) == k
             sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
-            y = y.plus(part.placed(shape, at).times(known(here.reshape(sizes))))
+            y = y.plus(part.placed(shape, at).times(known(here.reshape(sizes), cuts=True)))
     return [y]
 
 
@@ -932,7 +932,10 @@ def _scattered(eqn: Equation, u: Form) -> Form | None:
         ids = combined(functools.partial(_flat, sizes=across), (math.prod(lead),), *at)
         first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
         rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
-        image = rows.summed_by(ids, math.prod(across)).reshaped((*across, *sizes))
+        count = math.prod(across)
+        reached = combined(functools.partial(_reached, count=count), (count,), ids).cutting
+        image = rows.summed_by(ids, count).times(reached.widened(len(sizes)))
+        image = image.reshaped((*across, *sizes))
         image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
     else:
         return None
@@ -960,13 +963,18 @@ def _flat(*at: Any, sizes: Sequence[int]) -> Any:
     return jnp.where(there, ids, math.prod(sizes)).ravel()
 
 
+def _reached(ids: Any, count: int) -> Any:
+    """Which ids there are."""
+    return jnp.zeros(count, bool).at[ids].set(True, mode="drop")
+
+
 def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
     """``x.at[indices].set(u)``: ``x`` with zeros where it is written to, and ``u`` there."""
     y = Form(_shape(eqn), {})
     if x is not None:
         if not all(t.finite for terms in x.of.values() for t in terms):
             return None
-        y = x.times(_kept(eqn))
+        y = x.times(_kept(eqn).cutting)
     u = next(filter(None, others), None)
     if u is not None:
         image = _updated(eqn, u) if eqn.name == "dynamic_update_slice" else _set_once(eqn, u)

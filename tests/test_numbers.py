@@ -171,6 +171,39 @@ def test_what_a_choice_discards_stays_away_where_its_images_meet(choice, meeting
     np.testing.assert_allclose(diagonal[1], expected[1], rtol=1e-9, atol=1e-9)
 
 
+# Entries that no parameter reaches, beside one that some do
+FILLS = {
+    "pad": lambda x: jnp.pad(x[:1], (0, 1)),
+    "reversed": lambda x: jnp.pad(x[:1], (1, 0))[::-1],
+    "taken": lambda x: jnp.take(x, np.array([0, 7])),
+    "at": lambda x: x.at[np.array([0, 7])].get(mode="fill", fill_value=0.0),
+    "set": lambda x: jnp.zeros(2).at[0].set(x[0]),
+    "update": lambda x: lax.dynamic_update_slice(jnp.zeros(2), x[:1], (0,)),
+    "overwritten": lambda x: x[:2].at[1].set(np.nan),
+    "concatenate": lambda x: jnp.concatenate([x[:1], jnp.zeros(1)]),
+    "stack": lambda x: jnp.stack([x[0], 0.0]),
+    "segments": lambda x: jax.ops.segment_sum(x, np.array([0, 0, 0]), 2),
+    "added": lambda x: jnp.zeros(2).at[np.array([0, 0, 0])].add(x),
+    "diagonal": lambda x: jnp.diag(x[:2])[0],
+    "layer": lambda x: jnp.pad(jnp.exp(np.ones((1, 3)) @ x), (0, 1)),
+}
+SINGULAR = {"log": jnp.log, "root": jnp.sqrt, "inverse": lambda x: 1 / x, "sine": jnp.sin}
+
+
+@pytest.mark.parametrize("singular", SINGULAR)
+@pytest.mark.parametrize("fill", FILLS)
+def test_what_is_filled_in_and_discarded_leaves_nothing(fill, singular):
+    x = jnp.array([0.7, 0.4, 0.2])
+
+    def loss(x):
+        kept = jnp.where(np.array([True, False]), SINGULAR[singular](FILLS[fill](x)), 0.0)
+        return jnp.sum(kept) ** 2
+
+    grad, diagonal = jax.jit(hs.hesscale(loss))(x)
+    np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(diagonal, exact(loss, x), rtol=1e-9, atol=1e-12)
+
+
 def test_cumlogsumexp_from_minus_infinity():
     # jax.hessian gives NaN here: the expected values are those without the entries of -inf.
     def loss(x):
