@@ -329,12 +329,20 @@ class _Explanation:
         if unit.block is not None:
             entering = self._entering(unit)
             mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
+            mixes = mixes or any(map(self._hands_out, unit.equations))
         else:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
         return mixes and any(
             size(v.shape) > 1 and not self._head.is_affine_in(v) for v in unit.results
         )
+
+    def _hands_out(self, eqn: Equation) -> bool:
+        """Whether it is a loop whose steps hand out what they share, side by side."""
+        if eqn.name != "scan" or eqn not in self._loops or self._makes_images(eqn):
+            return False
+        _, carry, _ = _jaxpr.scan_groups(eqn)
+        return not self._plan.active.isdisjoint(eqn.outputs[len(carry) :])
 
     def _shared(self) -> Iterator[Shared]:
         """Constants of a loop, and carries if there are several.

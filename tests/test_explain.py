@@ -176,6 +176,18 @@ def test_all_equations_without_a_rule_are_listed():
     assert "Without a rule" not in str(hs.explain(residual)(RESIDUAL, array(5, 6)))
 
 
+def test_what_a_loop_hands_out_is_named():
+    def loss(w, scale):
+        def step(c, i):
+            return jnp.sin(c) * scale[i], c.sum()
+
+        return jax.lax.scan(step, w, jnp.arange(2))[1].sum() ** 2
+
+    report = hs.explain(loss)(array(2), jnp.array([1.0, 2.0]))
+    assert report.mixing
+    assert "Between the entries of one result" in str(report)
+
+
 def test_what_has_no_rule_inside_of_a_loop_is_listed():
     def loss(w, x):
         def step(c, _):

@@ -216,6 +216,8 @@ LINES = {
         (lambda x: x @ A @ x, x),
         (lambda x: jnp.vdot(x, A @ x) ** 2, x),
         (lambda x: jnp.einsum("i,ij,j->", x, A, x), x),
+        (lambda x: jnp.einsum("i,ij,j,k->", x, A, x, x), x),
+        (lambda x: (jnp.dot(x[0], x) ** 2).sum() + jnp.tensordot(x[1], x[2], 0) ** 2, x),
         (lambda x: jnp.sum(A * jnp.outer(x, x)), x),
         (lambda x: (x @ A @ x) / (x @ x), x),
         (lambda w: jnp.trace(w @ w), W),

@@ -92,14 +92,16 @@ def test_a_function_whose_definition_is_given():
     assert_close(received, hs.hesscale(lambda x: jnp.sum(difference(x, x) ** 2))(X))
 
 
-def test_a_reduction_of_one_array_and_itself():
+@pytest.mark.parametrize("other", [jnp.positive, jnp.square, jnp.flip])
+def test_a_reduction_of_an_array_and_an_image_of_it(other):
     def loss(x):
         y = jnp.sin(x) + 1
 
         def multiply(a, b):
             return a[0] * b[0], a[1] + b[1]
 
-        return jnp.sum(lax.reduce((y, y), (jnp.array(1.0), jnp.array(0.0)), multiply, [0])[0] ** 2)
+        starts = jnp.array(1.0), jnp.array(0.0)
+        return jnp.sum(lax.reduce((y, other(y)), starts, multiply, [0])[0] ** 2)
 
     _, hess_diag = hs.hesscale(loss)(X)
     assert_close(hess_diag, jnp.diag(jax.hessian(loss)(X)))

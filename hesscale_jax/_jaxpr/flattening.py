@@ -389,13 +389,15 @@ class _Builder:
     def _contracts_everything(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a ``dot_general`` has no free axes, as in ``einsum('bd,bd->b')`` and ``vdot``.
 
-        An axis of size 1 is none, except in a layer: one unit, applied to one example.
+        An axis of size 1 is none, except in a layer: one unit, applied to one example. What is
+        multiplied by a scalar has no free axes either, if both move.
         """
+        if not all(v.aval.shape for v in eqn.invars):
+            return all(isinstance(x, Value) and x in self._moving for x in inputs)
         free = free_axes(eqn)
         layer = all(free) and any(map(self._is_given, inputs))
         return not layer and all(
-            v.aval.shape and all(v.aval.shape[i] == 1 for i in axes)
-            for v, axes in zip(eqn.invars, free, strict=True)
+            v.aval.shape[i] == 1 for v, axes in zip(eqn.invars, free, strict=True) for i in axes
         )
 
     def _weighs(self, eqn: Any, inputs: Sequence[Any]) -> bool:

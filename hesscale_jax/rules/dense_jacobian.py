@@ -218,10 +218,14 @@ def _sampled(
 
 def _carried(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
     """The results that carry moments, as a function of the value that operand ``i`` is."""
-    equation = _jaxpr.of_values(eqn, primals, [i])
 
     def fun(x: Any) -> list[Any]:
-        results = _jaxpr.listed(equation(x), eqn)
+        operands = list(primals)
+        if eqn.name == "reduce":  # JAX differentiates it in all of its arrays, or not at all.
+            nothing = lax.select(False, x.ravel()[0], jnp.zeros((), x.dtype))
+            for k, y in enumerate(primals[: len(eqn.outputs)]):
+                operands[k] = y + nothing.astype(y.dtype) if is_inexact(y) else y
+        results = _jaxpr.listed(_jaxpr.of_values(eqn, operands, [i])(x), eqn)
         return [results[k] for k in carried]
 
     return fun
