@@ -339,7 +339,7 @@ class _Explanation:
 
     def _hands_out(self, eqn: Equation) -> bool:
         """Whether it is a loop whose steps hand out what they share, side by side."""
-        if eqn.name != "scan" or eqn not in self._loops or self._makes_images(eqn):
+        if not self._goes_by_steps(eqn):
             return False
         _, carry, _ = _jaxpr.scan_groups(eqn)
         return not self._plan.active.isdisjoint(eqn.outputs[len(carry) :])
@@ -353,7 +353,7 @@ class _Explanation:
         """
         pairs = ((unit, eqn) for unit in self._units for eqn in unit.equations)
         for unit, eqn in pairs:
-            if eqn.name != "scan" or eqn not in self._loops or self._makes_images(eqn):
+            if not self._goes_by_steps(eqn):
                 continue
             constants, carry, _ = _jaxpr.scan_groups(eqn)
             ((body,), (paths,)) = eqn.bodies, self._loops[eqn]
@@ -370,6 +370,10 @@ class _Explanation:
             if len(moving) > 1 and not in_block:
                 values = ", ".join(map(_described, moving))
                 yield Shared(f"carries {values}, which one step hands to the next", unit.index)
+
+    def _goes_by_steps(self, eqn: Equation) -> bool:
+        """Whether it is a loop that is taken step by step, not as images as a whole."""
+        return eqn.name == "scan" and eqn in self._loops and not self._makes_images(eqn)
 
     def _makes_images(self, eqn: Equation) -> bool:
         """Whether what an equation makes is known as images, and is met as such."""
