@@ -7,7 +7,8 @@ curved, is kept as a sum of terms
 
 An axis ``a`` of the source is *bound* to positions of ``y`` by an index ``i_a``, or it is *summed*
 over. The factors ``F_k`` are constants: arrays off the path, or the other factor of a product, with
-size 1 along each axis on which they do not depend. Two images of one source covary by
+size 1 along each axis on which they do not depend. Where a choice is closed, its factor is 0 and
+discards infinities and NaN: it is a *gate*. Two images of one source covary by
 
     cov(y, z)[t] = sum_s M_y[t, s] M_z[t, s] v[s]
 
@@ -38,6 +39,7 @@ __all__ = [
     "TooLarge",
     "are_apart",
     "covariance",
+    "gated",
     "identity",
     "known",
     "of_atom",
@@ -110,7 +112,6 @@ class Factor:
       static: The array, if it is known.
       base: What it is a reshape of, if it is one.
       within: Whether it is an index that is within bounds.
-      cuts: Whether a 0 stands for a choice, which discards infinities and NaN.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -120,18 +121,17 @@ class Factor:
     static: np.ndarray | None = None
     base: "Factor | None" = None
     within: bool = False
-    cuts: bool = False
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
         """``function`` of it, which works on arrays of NumPy and of JAX."""
         if self.static is not None:
-            return known(function(self.static), self.cuts)
+            return known(function(self.static))
 
         def compute(read: Reader) -> Any:
             return function(read.array(self))
 
-        return Factor(tuple(shape), self.reads, compute, cuts=self.cuts)
+        return Factor(tuple(shape), self.reads, compute)
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
@@ -156,9 +156,9 @@ class Factor:
         return self.reshaped((*self.shape, *(1,) * count))
 
     @property
-    def cutting(self) -> "Factor":
-        """The same, where a 0 stands for a choice."""
-        return dataclasses.replace(self, cuts=True)
+    def nonzero(self) -> "Factor":
+        """Where it is not 0."""
+        return self.mapped(lambda x: x.astype(bool), self.shape)
 
     def same(self, other: "Factor") -> bool:
         """Whether both are known to be one array."""
@@ -169,12 +169,12 @@ class Factor:
         return bool(np.array_equal(self.static, other.static))
 
 
-def known(x: Any, cuts: bool = False) -> Factor:
+def known(x: Any) -> Factor:
     """A factor that is known."""
     x = np.asarray(x)
     if x.size > MOST_INDICES:
         raise TooLarge
-    return Factor(x.shape, frozenset(), lambda read: x, x, cuts=cuts)
+    return Factor(x.shape, frozenset(), lambda read: x, x)
 
 
 def of_atom(atom: Value | Constant) -> Factor:
@@ -240,6 +240,7 @@ class Term:
         squares of all that it is multiplied by give the spread.
       finite: Whether its factors are finite where the program's values are: those values, and
         slopes of which that is known.
+      gates: Arrays like its factors. Nothing comes through where one of them is 0.
     """
 
     scale: float
@@ -248,6 +249,7 @@ class Term:
     summed: int = 0
     once: bool = True
     finite: bool = True
+    gates: tuple[Factor, ...] = ()
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
@@ -258,23 +260,57 @@ class Term:
     @property
     def is_known(self) -> bool:
         """Whether all of its arrays are."""
-        return all(f.static is not None for f in (*self.factors, *self.at) if isinstance(f, Factor))
+        arrays = (f for f in (*self.factors, *self.at, *self.gates) if isinstance(f, Factor))
+        return all(f.static is not None for f in arrays)
 
     def dims(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
         """With a change of the value's axes, which come first, applied to every array."""
-        factors = tuple(map(change, self.factors))
         at = tuple(a if isinstance(a, int) else change(a) for a in self.at)
-        return dataclasses.replace(self, factors=factors, at=at, **also)
+        return self._changed(change, at=at, **also)
 
-    def scaled(self, by: Factor) -> "Term":
-        """Times a factor that has the value's axes; what is known of one shape is one factor."""
-        by = by.widened(self.summed)
+    def _changed(self, change: Callable[[Factor], Factor], **also: Any) -> "Term":
+        """With a change applied to its factors and gates."""
+        changed = {f: change(f) for f in (*self.factors, *self.gates)}
+        factors, gates = (tuple(changed[f] for f in fs) for fs in (self.factors, self.gates))
+        return dataclasses.replace(self, factors=factors, gates=gates, **also)
+
+    def scaled(self, by: Factor, gate: Factor | None = None) -> "Term":
+        """Times a factor that has the value's axes; what is known of one shape is one factor.
+
+        Args:
+          by: The factor.
+          gate: Where it discards everything, if it does.
+        """
+        after = by.widened(self.summed)
+        closed = gate is not None and not (gate.static is not None and gate.static.all())
+        gates = self.gates
+        if gate is not None and closed:
+            gates = (*gates, after if gate is by else gate.widened(self.summed))
+        factors = (*self.factors, after)
         for i, f in enumerate(self.factors):
-            if f.static is not None and by.static is not None and f.shape == by.shape:
-                both = known(f.static * by.static, f.cuts or by.cuts)
+            if f.static is not None and after.static is not None and f.shape == after.shape:
+                both = known(f.static * after.static)
                 factors = (*self.factors[:i], both, *self.factors[i + 1 :])
-                return dataclasses.replace(self, factors=factors)
-        return dataclasses.replace(self, factors=(*self.factors, by))
+                break
+        return dataclasses.replace(self, factors=factors, gates=gates)
+
+    def any_along(self, dims: Sequence[int]) -> tuple[Factor, ...]:
+        """Its gates, those that depend on some axes as one that is open if any along these is.
+
+        Nothing comes through zeros that are known either.
+        """
+        inside = [g for g in self.gates if _depends(g, dims)]
+        if not inside:
+            return self.gates
+        zeros = [f for f in self.factors if f.static is not None and _depends(f, dims)]
+        outside = tuple(g for g in self.gates if g not in inside)
+        open_ = [f.nonzero for f in dict.fromkeys((*inside, *zeros))]
+        static = [f.static for f in open_ if f.static is not None]
+        if len(static) < len(open_):
+            return (*outside, _contracted(open_, dims))
+        all_ = functools.reduce(operator.and_, static)
+        any_ = all_.any(tuple(dims), keepdims=True)
+        return outside if any_.all() else (*outside, known(any_))
 
     def bound_along(self, dim: int) -> list[int]:
         """The axes of the source that are bound to positions along one of the value's."""
@@ -301,7 +337,8 @@ class Term:
         if not there:
             return dataclasses.replace(term, scale=term.scale * size)
         rest = tuple(f for f in term.factors if f.shape[dim] == 1)
-        return dataclasses.replace(term, factors=(*rest, _contracted(there, dim)))
+        factors = (*rest, _contracted(there, [dim]))
+        return dataclasses.replace(term, factors=factors, gates=term.any_along([dim]))
 
     def _written_out(self, axis: int, size: int) -> "Term":
         """With the index of an axis as a factor of zeros and ones, and the axis summed over."""
@@ -312,11 +349,10 @@ class Term:
             raise TooLarge
 
         at = (*self.at[:axis], self.summed, *self.at[axis + 1 :])
-        factors = (
-            *(f.widened(1) for f in self.factors),
-            index.mapped(lambda i: _hot(i, size).reshape(shape), shape),
-        )
-        return dataclasses.replace(self, factors=factors, at=at, summed=self.summed + 1)
+        term = self._changed(lambda f: f.widened(1), at=at, summed=self.summed + 1)
+        hot = index.mapped(lambda i: _hot(i, size).reshape(shape), shape)
+        gates = (*term.gates, hot) if term.gates else ()
+        return dataclasses.replace(term, factors=(*term.factors, hot), gates=gates)
 
     def _renamed(self, dim: int, axis: int) -> "Term":
         """With an axis of the value that one of the source runs along summed over."""
@@ -328,15 +364,14 @@ class Term:
             return f.transposed(order).reshaped(shape)
 
         at = (*self.at[:axis], self.summed, *self.at[axis + 1 :])
-        return dataclasses.replace(
-            self, factors=tuple(map(to_the_end, self.factors)), at=at, summed=self.summed + 1
-        )
+        return self._changed(to_the_end, at=at, summed=self.summed + 1)
 
     def summed_by(self, ids: Factor, count: int, rank: int, source: Sequence[int]) -> "Term":
         """The sums over entries along the first axis that have one id, along that axis.
 
         Args:
           ids: The id of each entry; one that is out of bounds, and not negative, leaves it out.
+            Nothing reaches an id that no entry has.
           count: How many ids there are.
           rank: The value's rank.
           source: The source's shape.
@@ -359,20 +394,37 @@ class Term:
         if math.prod((*sizes, *after)) > (MOST_INDICES if axes else MOST_ENTRIES):
             raise TooLarge
 
-        def add_up(read: Reader) -> Any:
-            numbers = (read.numbers(f) for f in among)
-            x = functools.reduce(jnp.multiply, numbers, jnp.ones((*ids.shape, *ones), read.dtype))
-            at = tuple(jnp.asarray(read.array(i)) for i in indices)
-            y = jnp.zeros((*sizes, *after), read.dtype).at[at].add(x, mode="drop")
-            return jnp.moveaxis(y, range(1, len(sizes)), range(1 - len(sizes), 0))
+        def added_up(factors: Sequence[Factor], indices: Sequence[Factor]) -> Factor:
+            counts = sizes[: len(indices)]
+            after = np.broadcast_shapes(ones, *(f.shape[1:] for f in factors))
 
-        made = Factor((count, *after, *sizes[1:]), _reads((*among, *indices)), add_up)
-        rest = (f.widened(len(axes)) for f in term.factors if f not in among)
+            def add_up(read: Reader) -> Any:
+                numbers = (read.numbers(f) for f in factors)
+                one = jnp.ones((*ids.shape, *ones), read.dtype)
+                x = functools.reduce(jnp.multiply, numbers, one)
+                at = tuple(jnp.asarray(read.array(i)) for i in indices)
+                y = jnp.zeros((*counts, *after), read.dtype).at[at].add(x, mode="drop")
+                return jnp.moveaxis(y, range(1, len(counts)), range(1 - len(counts), 0))
+
+            shape = (count, *after, *counts[1:])
+            return Factor(shape, _reads((*factors, *indices)), add_up)
+
+        closing = [g for g in term.gates if g.shape[0] != 1]
+        zeros = [f for f in among if closing and f.static is not None]
+        made = added_up(among, indices)
+        reached = added_up([f.nonzero for f in dict.fromkeys((*closing, *zeros))], [ids])
+        more = len(axes)
+        rest = (f.widened(more) for f in term.factors if f not in among)
+        gates = (g.widened(more) for g in (*(g for g in term.gates if g not in closing), reached))
         at = list(term.at)
         for k, axis in enumerate(axes):
             at[axis] = term.summed + k
         return dataclasses.replace(
-            term, factors=(*rest, made), at=tuple(at), summed=term.summed + len(axes)
+            term,
+            factors=(*rest, made),
+            at=tuple(at),
+            summed=term.summed + more,
+            gates=tuple(gates),
         )
 
     def plus(self, other: "Term") -> "Term | None":
@@ -392,7 +444,30 @@ class Term:
         else:
             return None
         # What is added up here reaches the value in one way from now on.
-        return dataclasses.replace(both, once=False, finite=self.finite and other.finite)
+        finite = self.finite and other.finite
+        return dataclasses.replace(both, once=False, finite=finite, gates=_either(self, other))
+
+
+def _either(a: Term, b: Term) -> tuple[Factor, ...]:
+    """The gates of a sum of two terms: open where those of one are."""
+    mine = [g for g in a.gates if not any(map(g.same, b.gates))]
+    theirs = [g for g in b.gates if not any(map(g.same, a.gates))]
+    common = tuple(g for g in a.gates if g not in mine)
+    if not mine or not theirs:
+        return common
+    count = len(mine)
+
+    def either(*gates: Any) -> Any:
+        open_ = [g.astype(bool) for g in gates]
+        return functools.reduce(operator.and_, open_[:count]) | functools.reduce(
+            operator.and_, open_[count:]
+        )
+
+    gates = [*mine, *theirs]
+    static = [g.static for g in gates if g.static is not None]
+    if len(static) == len(gates):
+        return (*common, known(either(*static)))
+    return (*common, combined(either, np.broadcast_shapes(*(g.shape for g in gates)), *gates))
 
 
 def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term | None:
@@ -413,7 +488,8 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
     if len(kinds) != 1:
         return None
 
-    def join(parts: Sequence[Any]) -> Any:
+    @functools.cache
+    def join(parts: tuple[Any, ...]) -> Any:
         one = parts[0]
         if isinstance(one, int) or (one.shape[dim] == 1 and all(map(one.same, parts))):
             return one
@@ -428,11 +504,11 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
 
         static = [p.static for p in parts if p.static is not None]
         if len(static) == len(parts):
-            whole = known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
-        else:
-            whole = combined(concatenate, full, *parts)
-        return dataclasses.replace(whole, cuts=all(p.cuts for p in parts))
+            return known(np.concatenate(list(map(np.broadcast_to, static, shapes)), dim))
+        return combined(concatenate, full, *parts)
 
+    rank = max((len(g.shape) for t in terms for g in t.gates), default=0)
+    open_ = known(np.ones((1,) * rank, bool))
     at = tuple(map(join, zip(*(t.at for t in terms), strict=True)))
     joined = dataclasses.replace(
         first,
@@ -440,6 +516,7 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
         at=at,
         once=all(t.once for t in terms),
         finite=all(t.finite for t in terms),
+        gates=tuple(map(join, itertools.zip_longest(*(t.gates for t in terms), fillvalue=open_))),
     )
     if joined.bound_along(dim):
         return joined if joined.separates(dim) else None
@@ -471,10 +548,11 @@ def _runs_along(index: "Factor | int", dim: int, size: int) -> bool:
     return index.shape[dim] == size and np.array_equal(index.static.ravel(), np.arange(size))
 
 
-def _contracted(factors: Sequence[Factor], dim: int) -> Factor:
-    """The sum over an axis of a product."""
+def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
+    """The sum over some axes of a product."""
     shape = list(np.broadcast_shapes(*(f.shape for f in factors)))
-    shape[dim] = 1
+    for dim in dims:
+        shape[dim] = 1
     if math.prod(shape) > MOST_ENTRIES:
         raise TooLarge
 
@@ -562,15 +640,20 @@ class Form:
             of[source] = collected((*of.get(source, ()), *scaled))
         return Form(shape, of)
 
-    def times(self, by: "Factor | float") -> "Form":
-        """Times a constant, or an array with the value's axes."""
+    def times(self, by: "Factor | float", gate: Factor | None = None) -> "Form":
+        """Times a constant, or an array with the value's axes; nothing where a gate is 0."""
         if isinstance(by, float):
             return self.map(
                 self.shape, lambda term, _: dataclasses.replace(term, scale=by * term.scale)
             )
-        if all(n == 1 for n in by.shape) and by.static is not None:
+        if gate is None and all(n == 1 for n in by.shape) and by.static is not None:
             return self.times(float(by.static.ravel()[0]))
-        return self.map(np.broadcast_shapes(self.shape, by.shape), lambda term, _: term.scaled(by))
+        shape = np.broadcast_shapes(self.shape, by.shape)
+        return self.map(shape, lambda term, _: term.scaled(by, gate))
+
+    def through(self, by: Factor) -> "Form":
+        """Times an array of the same shape whose zeros connect nothing: a gate behind gates."""
+        return self.map(self.shape, lambda term, _: term.scaled(by, by if term.gates else None))
 
     def transposed(self, axes: Sequence[int]) -> "Form":
         """With the value's axes in another order."""
@@ -635,20 +718,20 @@ class Form:
             at = [bounded(indices[i]) for i in along]
             static = [i.static for i in at if i.static is not None]
             if f.static is not None and len(static) == len(at):
-                return known(f.static[tuple(static)], f.cuts)
+                return known(f.static[tuple(static)])
             if len(at) == 1 and _runs_along(f, 0, f.shape[0]):
                 return at[0].mapped(lambda i: i.astype(int), lead).widened(len(after))
 
             def take(x: Any, *at: Any) -> Any:
                 return _entries(jnp.asarray(x), at)
 
-            return dataclasses.replace(combined(take, sizes, f, *at), cuts=f.cuts)
+            return combined(take, sizes, f, *at)
 
         shape = (*lead, *(self.shape[i] for i in rest))
         form = self.map(shape, lambda term, _: term.dims(change))
         for index in outside:
-            there = index.mapped(lambda i: i >= 0, index.shape).cutting
-            form = form.times(there.widened(len(rest)))
+            there = index.mapped(lambda i: i >= 0, index.shape).widened(len(rest))
+            form = form.times(there, gate=there)
         return form
 
     def summed(self, dims: Iterable[int]) -> "Form":
@@ -675,7 +758,7 @@ class Form:
             f
             for terms in self.of.values()
             for term in terms
-            for f in (*term.factors, *term.at)
+            for f in (*term.factors, *term.at, *term.gates)
             if isinstance(f, Factor)
         ]
         return frozenset(v for v in _reads(arrays) if isinstance(v, Value))
@@ -698,13 +781,18 @@ def _summed_over(term: Term, source: Source, dim: int, size: int) -> Term:
 
 def identity(value: "Source") -> Form:
     """A value as a source."""
+    return gated(value, ())
+
+
+def gated(value: "Source", gates: tuple[Factor, ...]) -> Form:
+    """A value as a source, of which nothing comes through where one of the gates is 0."""
     shape, rank = tuple(value.shape), len(value.shape)
 
     def along(i: int) -> Factor:
         n = shape[i]
         return known(np.arange(n).reshape([n if j == i else 1 for j in range(rank)]))
 
-    return Form(shape, {value: (Term(1.0, (), tuple(map(along, range(rank)))),)})
+    return Form(shape, {value: (Term(1.0, (), tuple(map(along, range(rank))), gates=gates),)})
 
 
 def collected(terms: Iterable[Term]) -> tuple[Term, ...]:
@@ -780,13 +868,13 @@ def covariance(
         pairs = [(a, b, 1.0 if a is b else 2.0) for a, b in distinct]
     else:
         pairs = [(a, b, 1.0) for a, b in itertools.product(left, right)]
-    found = [_of_pair(a, b, spread, shape, read, over) for a, b, _ in pairs]
-    terms = [
-        _scaled(times * a.scale * b.scale, y)
-        for (a, b, times), y in zip(pairs, found, strict=True)
-        if y is not None
-    ]
-    return functools.reduce(jnp.add, terms) if terms else None
+    found = [(times, a, b, _of_pair(a, b, spread, shape, read, over)) for a, b, times in pairs]
+    products = [(times * a.scale * b.scale, *pair) for times, a, b, pair in found if pair]
+    if not products:
+        return None
+    common = functools.reduce(operator.and_, (gates for *_, gates in products))
+    terms = [_scaled(c, _behind(y, gates - common, read)) for c, y, gates in products]
+    return _behind(functools.reduce(jnp.add, terms), common, read)
 
 
 def together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequence[Term]:
@@ -806,7 +894,7 @@ def together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequenc
     entries = math.prod((*np.broadcast_shapes(*shapes), *(source[i] for i in axes)))
     if entries > MOST_KNOWN:
         return terms
-    matrices = []
+    matrices, gates = [], []
     for term in known_ones:
         for axis in axes:
             if not isinstance(term.at[axis], int):
@@ -814,9 +902,12 @@ def together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequenc
         order = [*range(rank), *(rank + term.at[axis] for axis in axes)]  # type: ignore[operator]
         scale = np.full((1,) * len(order), term.scale)
         matrices.append([scale, *(f.static.transpose(order) for f in term.factors)])  # type: ignore[union-attr]
+        gates.append([scale != 0, *(g.static.transpose(order) != 0 for g in term.gates)])  # type: ignore[union-attr]
     matrix = known(sum(functools.reduce(operator.mul, xs) for xs in matrices))
+    open_ = known(sum(functools.reduce(operator.mul, xs) for xs in gates))
+    shut = () if open_.static.all() else (open_,)  # type: ignore[union-attr]
     at = tuple(axes.index(i) if i in axes else a for i, a in enumerate(first.at))
-    one = Term(1.0, (matrix,), at, len(axes), once=False)
+    one = Term(1.0, (matrix,), at, len(axes), once=False, gates=shut)
     return [one, *(t for t in terms if t not in known_ones)]
 
 
@@ -836,8 +927,8 @@ def _of_pair(
     shape: Sequence[int],
     read: Reader,
     over: Sequence[int],
-) -> Any:
-    """``sum_s M_y[t, s] M_z[t, s] v[s]`` for a term of each, but for their scales.
+) -> tuple[Any, frozenset[Factor]] | None:
+    """``sum_s M_y[t, s] M_z[t, s] v[s]`` for a term of each, but for their scales, and its gates.
 
     Factors that depend on ``t`` alone are taken out of the sum, which is computed once for all
     terms that differ in these.
@@ -845,29 +936,44 @@ def _of_pair(
     rank = len(shape)
     if are_apart(a, b, rank):
         return None
-    pair, outside = [], []
+    pair, outside, gates = [], [], frozenset[Factor]()
     for term in (a, b):
-        inside = tuple(f for f in term.factors if _depends(f, (*over, *range(rank, len(f.shape)))))
+        dims = (*over, *range(rank, rank + term.summed))
+        inside = tuple(f for f in term.factors if _depends(f, dims))
         outside += [f for f in term.factors if f not in inside]
-        pair.append(dataclasses.replace(term, factors=inside))
+        for g in read.once((dims, *term.factors, None, *term.gates), term.any_along, dims):
+            gates |= {read.once((g, rank), g.reshaped, g.shape[:rank])}
+        pair.append(dataclasses.replace(term, factors=inside, gates=()))
     a, b = sorted(pair, key=lambda term: term.key)
     key = a.key, b.key, id(spread), tuple(shape), tuple(over)
     y = read.once(key, _sum_over_source, a, b, spread, shape, read, over)
     if y is None:
         return None
     outside.sort(key=lambda f: f.serial)
-    return read.once((key, *outside), _times, y, outside, read)
+    return read.once((key, *outside), _times, y, outside, read), gates
 
 
 def _times(x: Any, factors: Sequence[Factor], read: Reader) -> Any:
-    """``x`` times factors that have no axes but its own, zero where one of them cuts."""
+    """``x`` times factors that have no axes but its own."""
     for f in factors:
         y = read.numbers(f)
-        y = y.reshape(y.shape[: x.ndim])
-        x = x * y
-        if f.cuts:
-            x = lax.select(jnp.broadcast_to(y != 0, x.shape), x, lax.full_like(x, 0))
+        x = x * y.reshape(y.shape[: x.ndim])
     return x
+
+
+def _behind(x: Any, gates: frozenset[Factor], read: Reader) -> Any:
+    """``x``, and 0 where a gate is."""
+    if not gates:
+        return x
+    open_ = read.once(gates, _all_open, gates, read)
+    shape = np.broadcast_shapes(open_.shape, x.shape)
+    open_, x = jnp.broadcast_to(open_, shape), jnp.broadcast_to(x, shape)
+    return lax.select(open_, x, lax.full_like(x, 0))
+
+
+def _all_open(gates: frozenset[Factor], read: Reader) -> Any:
+    in_order = sorted(gates, key=lambda g: (g.static is None, g.serial))
+    return functools.reduce(operator.and_, (read.array(g).astype(bool) for g in in_order))
 
 
 def _depends(f: Factor, axes: Iterable[int]) -> bool:

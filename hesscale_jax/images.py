@@ -35,6 +35,7 @@ from hesscale_jax.forms import (
     TooLarge,
     are_apart,
     combined,
+    gated,
     identity,
     known,
     of_atom,
@@ -393,9 +394,10 @@ class Images:
         )
         finite = all(t.finite for form in forms for terms in form.of.values() for t in terms)
         # A choice discards infinities; of those that abs takes, it keeps all but at 0.
-        chosen = eqn.name == "select_n" or (rule.cuts and eqn.name != "abs")
+        cuts = eqn.name == "select_n" or rule.cuts
+        chosen = cuts and eqn.name != "abs"
         if (not entrywise and bends) or (chosen and not (entrywise and finite)):
-            return None
+            return self._source(eqn, rule, cuts, active)
         if bends and any(t.summed for form in forms for terms in form.of.values() for t in terms):
             block = self._steps.blocks.get(eqn)
             if any(self._home.get(v) is not block for v in self._bent.intersection(eqn.inputs)):
@@ -408,8 +410,27 @@ class Images:
             if isinstance(slope, float):
                 image = image.plus(form, slope)
             else:
-                image = image.plus(form.times(_aligned_factor(slope, shape)))
+                by = _aligned_factor(slope, shape)
+                image = image.plus(form.times(by, gate=by if cuts else None))
         return [image]
+
+    def _source(
+        self, eqn: Equation, rule: Pointwise, cuts: bool, active: list[int]
+    ) -> list[Form] | None:
+        """A value as its own source, with the gates of what it is a function of."""
+        (y,), shape = eqn.outputs, tuple(eqn.outputs[0].shape)
+        if len(active) != 1:
+            return None
+        (i,), gates = active, tuple[Factor, ...]()
+        form = _aligned(self.of(eqn.inputs[i]), shape)
+        terms = [t for terms in form.of.values() for t in terms]
+        if len(terms) == 1 and not terms[0].summed:
+            gates = terms[0].gates
+        if cuts:
+            slope, _ = _slope(eqn, rule, i)
+            assert isinstance(slope, Factor)
+            gates = (*gates, _aligned_factor(slope, shape))
+        return [gated(y, gates)] if gates else None
 
     def _loop(self, eqn: Equation, active: list[int]) -> list[Form] | None:
         """What affine steps make, entry by entry of their block, of what each of them reads."""
@@ -565,7 +586,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
     if eqn.name == "select_n":
         which = of_atom(eqn.inputs[0])
         chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
-        return chosen.cutting, True
+        return chosen, True
     (y,) = eqn.outputs
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
@@ -578,7 +599,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    return Factor(tuple(y.shape), reads, slope, cuts=rule.cuts), is_finite
+    return Factor(tuple(y.shape), reads, slope), is_finite
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
@@ -653,7 +674,7 @@ def _by_unit_vectors(
             m, n = sizes[k], into[i]
             by = _matrix(eqn, i, k)
             apart = x.reshaped((n,)).placed((m, n), [1])
-            image = apart.times(by).summed([1]).reshaped(images[k].shape)
+            image = apart.through(by).summed([1]).reshaped(images[k].shape)
             images[k] = images[k].plus(image)
     return images
 
@@ -783,8 +804,8 @@ def _stack(eqn: Equation, *parts: Form | None) -> list[Form]:
     for k, part in enumerate(parts):
         if part is not None:
             here = np.arange(shape[dim]) == k
-            sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
-            y = y.plus(part.placed(shape, at).times(known(here.reshape(sizes), cuts=True)))
+            by = known(here.reshape([n if i == dim else 1 for i, n in enumerate(shape)]))
+            y = y.plus(part.placed(shape, at).times(by, gate=by))
     return [y]
 
 
@@ -828,7 +849,7 @@ def _reduce_extremum(eqn: Equation, x: Form) -> list[Form]:
         return extremum.weights(eqn, [x], y)
 
     by = combined(taken, x.shape, of_atom(operand), of_atom(y))
-    return [x.times(by).summed(eqn.params["axes"]).reshaped(_shape(eqn))]
+    return [x.through(by).summed(eqn.params["axes"]).reshaped(_shape(eqn))]
 
 
 def _psum(eqn: Equation, x: Form, *others: Form | None) -> list[Form] | None:
@@ -933,9 +954,7 @@ def _scattered(eqn: Equation, u: Form) -> Form | None:
         first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
         rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
         count = math.prod(across)
-        reached = combined(functools.partial(_reached, count=count), (count,), ids).cutting
-        image = rows.summed_by(ids, count).times(reached.widened(len(sizes)))
-        image = image.reshaped((*across, *sizes))
+        image = rows.summed_by(ids, count).reshaped((*across, *sizes))
         image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
     else:
         return None
@@ -963,18 +982,14 @@ def _flat(*at: Any, sizes: Sequence[int]) -> Any:
     return jnp.where(there, ids, math.prod(sizes)).ravel()
 
 
-def _reached(ids: Any, count: int) -> Any:
-    """Which ids there are."""
-    return jnp.zeros(count, bool).at[ids].set(True, mode="drop")
-
-
 def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
     """``x.at[indices].set(u)``: ``x`` with zeros where it is written to, and ``u`` there."""
     y = Form(_shape(eqn), {})
     if x is not None:
         if not all(t.finite for terms in x.of.values() for t in terms):
             return None
-        y = x.times(_kept(eqn).cutting)
+        kept = _kept(eqn)
+        y = x.times(kept, gate=kept)
     u = next(filter(None, others), None)
     if u is not None:
         image = _updated(eqn, u) if eqn.name == "dynamic_update_slice" else _set_once(eqn, u)

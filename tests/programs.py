@@ -451,7 +451,22 @@ def nothing(program: Program) -> None:
         )()
 
 
-OPERATIONS = (unary, unary, binary, binary, reduce, view, selection, product, nothing)
+def closed(program: Program) -> None:
+    """An infinite slope, not taken, where a choice closes all that is added up."""
+    if x := program.pick(lambda x: x.shape):
+        n, *rest = x.shape
+        c = program.choose(f"jax.nn.relu({x} - 0.4)", f"jnp.where({x} > 0.3, {x}, 0.0)")
+        added_up, m = program.choose(
+            (f"jnp.cumsum({c}, 0)", n),
+            (f"{c} + 0.5 * {c}[::-1]", n),
+            (f"jnp.sum({c}, 0, keepdims=True)", 1),
+            (f"jax.ops.segment_sum({c}, jnp.arange({n}) // 2, {n})", n),
+        )
+        fun = program.choose("jnp.log", "jnp.sqrt", "lambda x: x**-2")
+        program.add(f"where_positive({fun}, {added_up})", (m, *rest))
+
+
+OPERATIONS = (unary, unary, binary, binary, reduce, view, selection, product, nothing, closed)
 
 
 def grow(program: Program, count: int, operations: Sequence[Callable] = OPERATIONS) -> None:

@@ -188,6 +188,44 @@ def test_what_a_choice_discards_stays_away_where_its_images_meet(choice):
     np.testing.assert_allclose(diagonals[:, 1], expected[1][:, 1], rtol=1e-9, atol=1e-9)
 
 
+# Sums of what a choice closes, all of it or some
+SUMS = {
+    "segments": lambda c: jax.ops.segment_sum(c, np.array([0, 0, 1, 1]), 3),
+    "added": lambda c: jnp.zeros((2, 2)).at[np.array([1, 1, 0, 0]), np.array([0, 0, 1, 0])].add(c),
+    "so far": jnp.cumsum,
+    "from here": lambda c: lax.cumsum(c[::-1], reverse=True),
+    "convolution": lambda c: jnp.convolve(c, np.array([0.5, 2.0])),
+    "steps": lambda c: lax.scan(lambda s, x: ((s + x) / 2, s + x), 0.0, c)[1],
+    "spectrum": lambda c: jnp.fft.irfft(jnp.fft.rfft(c[:2])),
+    "two ways": lambda c: jnp.sum(c[:2] * np.array([0.5, 2.0])) + jnp.sum(c[1::-1] * jnp.pi),
+    "with one": lambda c: jnp.vdot(c[:2], np.array([0.5, 2.0])) + c[0],
+    "of neighbours": lambda c: c + jnp.roll(c, 1),
+    "of pairs": lambda c: c[:, None] + c[None, np.array([1, 0])],
+    "of rows": lambda c: jnp.sum(jnp.stack([c, jnp.roll(c, 1)]), 0),
+    "of known rows": lambda c: np.array([[1.0, 2.0], [0.5, 1.0]]) @ c[:2] + c[1::-1],
+    "sorted": lambda c: jnp.cumsum(jnp.sort(c)),
+    "at positions": lambda c: jnp.cumsum(c)[jnp.argsort(c)],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_is_added_up_behind_a_choice_stays_away(choice):
+    def of_sum(add_up):
+        def loss(w):
+            c = CHOICES[choice](np.array([1.0, -2.0, 0.5, 1.0]) * w[0] + w[1:])
+            return jnp.sum(log_where_positive(add_up(c)))
+
+        return loss
+
+    w = jnp.array([0.3, -1.4, 0.2, 0.1, 0.5])
+    (grads, diagonals), expected = of_each(list(map(of_sum, SUMS.values())), w)
+    # With a mask that is known, entries of the spectrum are left with one of both, and 0 * inf.
+    finite = np.isfinite(expected[1]).all(1)
+    assert finite.sum() >= len(SUMS) - 1
+    np.testing.assert_allclose(grads, expected[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(diagonals[finite], expected[1][finite], rtol=1e-9, atol=1e-9)
+
+
 # Entries that no parameter reaches, beside one that some do
 FILLS = {
     "pad": lambda x: jnp.pad(x[:1], (0, 1)),
