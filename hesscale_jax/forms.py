@@ -112,6 +112,8 @@ class Factor:
       static: The array, if it is known.
       base: What it is a reshape of, if it is one.
       within: Whether it is an index that is within bounds.
+      finite: Whether it is finite where the program's values are: those values, and slopes of
+        which that is known.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -121,6 +123,7 @@ class Factor:
     static: np.ndarray | None = None
     base: "Factor | None" = None
     within: bool = False
+    finite: bool = True
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -131,7 +134,7 @@ class Factor:
         def compute(read: Reader) -> Any:
             return function(read.array(self))
 
-        return Factor(tuple(shape), self.reads, compute)
+        return Factor(tuple(shape), self.reads, compute, finite=self.finite)
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
@@ -154,6 +157,17 @@ class Factor:
     def widened(self, count: int) -> "Factor":
         """With ``count`` more axes of size 1 at the end."""
         return self.reshaped((*self.shape, *(1,) * count))
+
+    def masked(self, gate: "Factor") -> "Factor":
+        """Zero where a gate is."""
+        shape = np.broadcast_shapes(self.shape, gate.shape)
+        if math.prod(shape) > MOST_ENTRIES:
+            raise TooLarge
+
+        def mask(x: Any, open_: Any) -> Any:
+            return jnp.where(open_.astype(bool), x, 0.0)
+
+        return dataclasses.replace(combined(mask, shape, self, gate), finite=True)
 
     @property
     def nonzero(self) -> "Factor":
@@ -196,7 +210,15 @@ def _is_number(x: Any) -> bool:
 
 def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Factor) -> Factor:
     """``function`` of several factors."""
-    return Factor(tuple(shape), _reads(factors), lambda read: function(*map(read.array, factors)))
+
+    def compute(read: Reader) -> Any:
+        return function(*map(read.array, factors))
+
+    return Factor(tuple(shape), _reads(factors), compute, finite=_are_finite(factors))
+
+
+def _are_finite(factors: Iterable[Factor]) -> bool:
+    return all(f.finite for f in factors)
 
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
@@ -209,7 +231,7 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     def add(read: Reader) -> Any:
         return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
-    return Factor(x.shape, _reads((x, y)), add).reshaped(a.shape)
+    return Factor(x.shape, _reads((x, y)), add, finite=_are_finite((x, y))).reshaped(a.shape)
 
 
 def _entries(x: Any, at: Sequence[Any]) -> Any:
@@ -238,8 +260,6 @@ class Term:
       summed: How many axes are summed over.
       once: Whether each entry of the source reaches each entry of the value in one way: then the
         squares of all that it is multiplied by give the spread.
-      finite: Whether its factors are finite where the program's values are: those values, and
-        slopes of which that is known.
       gates: Arrays like its factors. Nothing comes through where one of them is 0.
     """
 
@@ -248,7 +268,6 @@ class Term:
     at: tuple["Factor | int", ...]
     summed: int = 0
     once: bool = True
-    finite: bool = True
     gates: tuple[Factor, ...] = ()
 
     @functools.cached_property
@@ -256,6 +275,11 @@ class Term:
         """What it is but for its scale: the same for a term of the same arrays."""
         at = tuple((True, a) if isinstance(a, int) else (False, a.serial) for a in self.at)
         return self.summed, at, tuple(sorted(f.serial for f in self.factors))
+
+    @property
+    def finite(self) -> bool:
+        """Whether its factors are, where the program's values are."""
+        return _are_finite(self.factors)
 
     @property
     def is_known(self) -> bool:
@@ -283,15 +307,18 @@ class Term:
         """
         after = by.widened(self.summed)
         closed = gate is not None and not (gate.static is not None and gate.static.all())
-        gates = self.gates
+        gates, factors = self.gates, self.factors
         if gate is not None and closed:
-            gates = (*gates, after if gate is by else gate.widened(self.summed))
-        factors = (*self.factors, after)
-        for i, f in enumerate(self.factors):
+            gate = after if gate is by else gate.widened(self.summed)
+            gates = (*gates, gate)
+            factors = tuple(f if f.finite else f.masked(gate) for f in factors)
+        for i, f in enumerate(factors):
             if f.static is not None and after.static is not None and f.shape == after.shape:
                 both = known(f.static * after.static)
-                factors = (*self.factors[:i], both, *self.factors[i + 1 :])
+                factors = (*factors[:i], both, *factors[i + 1 :])
                 break
+        else:
+            factors = (*factors, after)
         return dataclasses.replace(self, factors=factors, gates=gates)
 
     def any_along(self, dims: Sequence[int]) -> tuple[Factor, ...]:
@@ -407,7 +434,8 @@ class Term:
                 return jnp.moveaxis(y, range(1, len(counts)), range(1 - len(counts), 0))
 
             shape = (count, *after, *counts[1:])
-            return Factor(shape, _reads((*factors, *indices)), add_up)
+            reads = _reads((*factors, *indices))
+            return Factor(shape, reads, add_up, finite=_are_finite(factors))
 
         closing = [g for g in term.gates if g.shape[0] != 1]
         zeros = [f for f in among if closing and f.static is not None]
@@ -444,8 +472,7 @@ class Term:
         else:
             return None
         # What is added up here reaches the value in one way from now on.
-        finite = self.finite and other.finite
-        return dataclasses.replace(both, once=False, finite=finite, gates=_either(self, other))
+        return dataclasses.replace(both, once=False, gates=_either(self, other))
 
 
 def _either(a: Term, b: Term) -> tuple[Factor, ...]:
@@ -515,7 +542,6 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
         factors=tuple(map(join, zip(*(t.factors for t in terms), strict=True))),
         at=at,
         once=all(t.once for t in terms),
-        finite=all(t.finite for t in terms),
         gates=tuple(map(join, itertools.zip_longest(*(t.gates for t in terms), fillvalue=open_))),
     )
     if joined.bound_along(dim):
@@ -562,7 +588,8 @@ def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     def contract(read: Reader) -> Any:
         return _product([_operand(f, range(len(shape)), read) for f in factors], kept, sizes)
 
-    return Factor(sizes, _reads(factors), contract).reshaped(shape)
+    made = Factor(sizes, _reads(factors), contract, finite=_are_finite(factors))
+    return made.reshaped(shape)
 
 
 def _operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:

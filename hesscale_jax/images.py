@@ -392,10 +392,11 @@ class Images:
             for form in forms
             for x, terms in form.of.items()
         )
-        finite = all(t.finite for form in forms for terms in form.of.values() for t in terms)
         # A choice discards infinities; of those that abs takes, it keeps all but at 0.
         cuts = eqn.name == "select_n" or rule.cuts
         chosen = cuts and eqn.name != "abs"
+        # Before the last product, what may be infinite is its own source: that takes fewer terms.
+        finite = last or all(t.finite for form in forms for ts in form.of.values() for t in ts)
         if (not entrywise and bends) or (chosen and not (entrywise and finite)):
             return self._source(eqn, rule, cuts, active)
         if bends and any(t.summed for form in forms for terms in form.of.values() for t in terms):
@@ -405,8 +406,7 @@ class Images:
             self._bent.add(y)
         image = Form(shape, {})
         for i, form in zip(active, forms, strict=True):
-            slope, is_finite = _slope(eqn, rule, i)
-            form = form if is_finite else form.map(shape, _with_slope)
+            slope = _slope(eqn, rule, i)
             if isinstance(slope, float):
                 image = image.plus(form, slope)
             else:
@@ -427,7 +427,7 @@ class Images:
         if len(terms) == 1 and not terms[0].summed:
             gates = terms[0].gates
         if cuts:
-            slope, _ = _slope(eqn, rule, i)
+            slope = _slope(eqn, rule, i)
             assert isinstance(slope, Factor)
             gates = (*gates, _aligned_factor(slope, shape))
         return [gated(y, gates)] if gates else None
@@ -570,23 +570,18 @@ def _overlap(s: Term, t: Term, dims: Sequence[int], rank: int) -> bool:
 # Pointwise
 
 
-def _with_slope(term: Term, _: Any) -> Term:
-    return dataclasses.replace(term, finite=False)
-
-
-def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool]:
-    """The slope of an equation in an operand, and whether it is finite where the operands are."""
+def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
+    """The slope of an equation in an operand."""
     if rule.slopes is not None:
-        return rule.slopes[i], True
+        return rule.slopes[i]
     if eqn.name == "mul":
-        return of_atom(eqn.inputs[1 - i]), True
+        return of_atom(eqn.inputs[1 - i])
     if eqn.name == "div" and i == 0:
         other = of_atom(eqn.inputs[1])
-        return other.mapped(lambda x: 1 / x, other.shape), True
+        return other.mapped(lambda x: 1 / x, other.shape)
     if eqn.name == "select_n":
         which = of_atom(eqn.inputs[0])
-        chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
-        return chosen, True
+        return which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
     (y,) = eqn.outputs
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
@@ -599,7 +594,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> tuple[Factor | float, bool
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    return Factor(tuple(y.shape), reads, slope), is_finite
+    return Factor(tuple(y.shape), reads, slope, finite=is_finite)
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
@@ -986,8 +981,6 @@ def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | No
     """``x.at[indices].set(u)``: ``x`` with zeros where it is written to, and ``u`` there."""
     y = Form(_shape(eqn), {})
     if x is not None:
-        if not all(t.finite for terms in x.of.values() for t in terms):
-            return None
         kept = _kept(eqn)
         y = x.times(kept, gate=kept)
     u = next(filter(None, others), None)

@@ -164,6 +164,16 @@ def simplex(z):
     return jnp.maximum(z - threshold, 0.0)
 
 
+def log_where_positive(y):
+    return jnp.where(y > 0, jnp.log(y), 0.0)
+
+
+def log_of_masked(add_up, w):
+    exponentials = jnp.exp(jnp.where(labels > 0, X @ w, -jnp.inf))
+    masked = jnp.where(labels > 0, jnp.exp(X @ w), 0.0)
+    return (log_where_positive(add_up(masked)) - add_up(exponentials)).sum()
+
+
 def partial_likelihood(w):
     """Cox's, of events in order."""
     risk = X @ w
@@ -387,6 +397,13 @@ LINES = {
         (lambda w: (jnp.quantile((X @ w - 1) ** 2, np.array([0.3, 0.6])) ** 2).sum(), x),
         (lambda w: (simplex(w) ** 3).sum(), x),
         (lambda w: jnp.exp(X @ w - (X @ w).max()).sum() ** 2, x),
+    ],
+    "What a choice takes of images of a last layer, infinite as it may be elsewhere": [
+        (lambda w: jnp.sum(jnp.diff(jnp.maximum(jnp.hypot(X @ w, 0.1), jnp.exp(X @ w))) ** 2), x),
+        (lambda w: log_of_masked(lambda e: segment_sum(e, np.array([0, 0, 1, 2, 1]), 4), w), x),
+        (lambda w: log_of_masked(jnp.cumsum, w), x),
+        (lambda w: (jnp.sum(jnp.where(labels > 0, X @ w, -jnp.inf)[labels > 0]) - 1) ** 2, x),
+        (lambda w: jnp.sum(jnp.diff(log_where_positive(X @ w)) ** 2), x),
     ],
     "A cumulative sum of what a block makes": [
         (partial_likelihood, x),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from cases import normal
 from jax import lax, nn
@@ -161,7 +162,8 @@ def of_each(losses, x):
 
     def computed(xs):
         diagonals = [exact(fun, x) for fun, x in zip(losses, xs, strict=True)]
-        return hs.hesscale(loss)(xs), (jax.grad(loss)(xs), diagonals)
+        with programs.whole():  # They are many losses, of small programs each.
+            return hs.hesscale(loss)(xs), (jax.grad(loss)(xs), diagonals)
 
     return jax.tree.map(np.stack, jax.jit(computed)([x] * len(losses)), is_leaf=is_list)
 
