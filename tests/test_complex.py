@@ -236,11 +236,12 @@ def test_in_a_loop_nothing_complex_is_kept(fun):
 
 def test_under_vmap_and_in_float32():
     x = normal(4, 6)
-    batched = jax.vmap(hs.hesscale(log_power))(x)
-    assert_close(batched, jax.tree.map(lambda *r: jnp.stack(r), *map(hs.hesscale(log_power), x)))
-    single = hs.hesscale(power)(x[0].astype(jnp.float32))
+    of_each = jax.jit(hs.hesscale(log_power))
+    batched = jax.jit(jax.vmap(hs.hesscale(log_power)))(x)
+    assert_close(batched, jax.tree.map(lambda *r: jnp.stack(r), *map(of_each, x)))
+    single = jax.jit(hs.hesscale(power))(x[0].astype(jnp.float32))
     assert {y.dtype for y in single} == {jnp.dtype(jnp.float32)}
-    assert_close(single, hs.hesscale(power)(x[0]), rtol=1e-5)  # of float32
+    assert_close(single, jax.jit(hs.hesscale(power))(x[0]), rtol=1e-5)  # of float32
 
 
 def test_gauss_newton_takes_a_transform_as_linear():

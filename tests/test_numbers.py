@@ -210,7 +210,7 @@ SUMS = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ["relu", "where", "where of constants", "sorted"])
 def test_what_is_added_up_behind_a_choice_stays_away(choice):
     def of_sum(add_up):
         def loss(w):
@@ -316,9 +316,10 @@ def test_results_in_the_dtype_of_the_parameter(name, dtype):
 
     x, w = 1 + 0.3 * normal(*SHAPE), normal(*SHAPE, seed=1)
     x, w = (v.astype(dtype) for v in (x, w))
-    received = hs.hesscale(loss, (0, 1))(x, w)
+    received = jax.jit(hs.hesscale(loss, (0, 1)))(x, w)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(received))
-    expected = hs.hesscale(loss, (0, 1))(x.astype(jnp.float64), w.astype(jnp.float64))
+    double = x.astype(jnp.float64), w.astype(jnp.float64)
+    expected = jax.jit(hs.hesscale(loss, (0, 1)))(*double)
     # The values are rounded to the dtype at each step.
     tolerance = 30 * float(jnp.finfo(dtype).eps)
     jax.tree.map(lambda a, b: close(a, b, tolerance), received, expected)
@@ -338,9 +339,10 @@ def test_mixtures_of_dtypes(of_x, of_w):
         return jnp.mean(nn.softplus(y) * x.astype(y.dtype).sum(1)[:, None])
 
     x, w = normal(*SHAPE).astype(of_x), normal(*SHAPE, seed=1).astype(of_w)
-    received = hs.hesscale(loss, (0, 1))(x, w)
+    received = jax.jit(hs.hesscale(loss, (0, 1)))(x, w)
     assert [leaf.dtype for leaf in received[1]] == [of_x, of_w]
-    expected = hs.hesscale(loss, (0, 1))(x.astype(jnp.float32), w.astype(jnp.float32))
+    single = x.astype(jnp.float32), w.astype(jnp.float32)
+    expected = jax.jit(hs.hesscale(loss, (0, 1)))(*single)
     tolerance = 30 * max(float(jnp.finfo(dtype).eps) for dtype in (of_x, of_w, jnp.float32))
     jax.tree.map(lambda a, b: close(a, b, tolerance), received, expected)
 

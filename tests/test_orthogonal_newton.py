@@ -203,9 +203,10 @@ def test_orthogonalised():
 def test_the_scale_of_the_loss_does_not_matter(scale):
     params = start("float32")
     grad, factors = jax.tree.map(lambda x: x.astype("float32"), curvature(params))
-    expected, _ = SOLVER.update(grad, SOLVER.init(params), factors=factors)
+    update = jax.jit(SOLVER.update)
+    expected, _ = update(grad, SOLVER.init(params), factors=factors)
     scaled = jax.tree.map(lambda x: jnp.float32(scale) * x, (grad, factors))
-    updates, _ = SOLVER.update(scaled[0], SOLVER.init(params), factors=scaled[1])
+    updates, _ = update(scaled[0], SOLVER.init(params), factors=scaled[1])
     for name in ("hidden", "stacked", "out"):
         # The polynomial's slope at 0 of 3.4, five times, on float32's rounding.
         np.testing.assert_allclose(updates[name], expected[name], rtol=0, atol=1e-5)

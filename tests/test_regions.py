@@ -260,6 +260,7 @@ def test_a_differential_equation_which_jax_differentiates_twice():
     ],
 )
 def test_regions_of_what_varies_by_device(power, region, curvature):
+    @jax.jit
     def of_device(w, x):
         step = region(lambda w: jnp.sum(power(jnp.outer(w, w)), 0)[:2])
         return hs.hesscale(lambda w: jnp.sum(step(w) ** 2 * x), curvature=curvature)(w)[1]
@@ -269,7 +270,7 @@ def test_regions_of_what_varies_by_device(power, region, curvature):
 
     mesh, split = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec("d")
     specs = {"in_specs": (PartitionSpec(), split), "out_specs": PartitionSpec()}
-    received = jax.shard_map(varying, mesh=mesh, **specs)(X[0], jnp.arange(1.0, 5.0))
+    received = jax.jit(jax.shard_map(varying, mesh=mesh, **specs))(X[0], jnp.arange(1.0, 5.0))
     halves = [of_device(X[0], jnp.arange(i, i + 2)) for i in (1.0, 3.0)]
     np.testing.assert_allclose(received, sum(halves) / 2, rtol=1e-10)
 
