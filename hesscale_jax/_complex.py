@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hesscale_jax._manual import varying
+
 if TYPE_CHECKING:
     from hesscale_jax._jaxpr import Equation
 
@@ -81,7 +83,8 @@ def filled(x: Any, value: Any) -> Any:
 def _filled(part: Any, value: Any) -> Any:
     dtype = real_dtype(value)
     part = lax.convert_element_type(part, dtype)
-    return part if part.shape == value.shape else jnp.broadcast_to(part, value.shape)
+    part = part if part.shape == value.shape else jnp.broadcast_to(part, value.shape)
+    return varying(part, getattr(value, "aval", value))
 
 
 # Arithmetic of parts

@@ -114,6 +114,8 @@ class Factor:
       within: Whether it is an index that is within bounds.
       finite: Whether it is finite where the program's values are: those values, and slopes of
         which that is known.
+      safe: Whether it stays as it is behind a gate: what is known, or an operand of a product,
+        by which JAX's gradient multiplies what the gate closes too.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -124,6 +126,7 @@ class Factor:
     base: "Factor | None" = None
     within: bool = False
     finite: bool = True
+    safe: bool = False
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -134,7 +137,7 @@ class Factor:
         def compute(read: Reader) -> Any:
             return function(read.array(self))
 
-        return Factor(tuple(shape), self.reads, compute, finite=self.finite)
+        return Factor(tuple(shape), self.reads, compute, finite=self.finite, safe=self.safe)
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
@@ -158,16 +161,24 @@ class Factor:
         """With ``count`` more axes of size 1 at the end."""
         return self.reshaped((*self.shape, *(1,) * count))
 
-    def masked(self, gate: "Factor") -> "Factor":
-        """Zero where a gate is."""
-        shape = np.broadcast_shapes(self.shape, gate.shape)
-        if math.prod(shape) > MOST_ENTRIES:
-            raise TooLarge
+    def masked(self, gates: Iterable["Factor"]) -> "Factor":
+        """Zero where one of those gates is that depend on no axis but its own."""
+        if self.safe:
+            return self
 
-        def mask(x: Any, open_: Any) -> Any:
-            return jnp.where(open_.astype(bool), x, 0.0)
+        def fits(gate: Factor) -> bool:
+            sizes = zip(self.shape, gate.shape, strict=True)
+            return gate is not self and all(n == 1 or m == n for m, n in sizes)
 
-        return dataclasses.replace(combined(mask, shape, self, gate), finite=True)
+        gates = sorted(filter(fits, gates), key=lambda g: g.serial)
+        if not gates:
+            return self
+
+        def mask(x: Any, *gates: Any) -> Any:
+            open_ = functools.reduce(operator.and_, (g.astype(bool) for g in gates))
+            return _select(open_, x)
+
+        return combined(mask, self.shape, self, *gates)
 
     @property
     def nonzero(self) -> "Factor":
@@ -188,7 +199,7 @@ def known(x: Any) -> Factor:
     x = np.asarray(x)
     if x.size > MOST_INDICES:
         raise TooLarge
-    return Factor(x.shape, frozenset(), lambda read: x, x)
+    return Factor(x.shape, frozenset(), lambda read: x, x, safe=True)
 
 
 def of_atom(atom: Value | Constant) -> Factor:
@@ -214,11 +225,15 @@ def combined(function: Callable[..., Any], shape: Sequence[int], *factors: Facto
     def compute(read: Reader) -> Any:
         return function(*map(read.array, factors))
 
-    return Factor(tuple(shape), _reads(factors), compute, finite=_are_finite(factors))
+    return _made_of(shape, factors, compute)
 
 
-def _are_finite(factors: Iterable[Factor]) -> bool:
-    return all(f.finite for f in factors)
+def _made_of(
+    shape: Sequence[int], factors: Sequence[Factor], compute: Callable[[Reader], Any]
+) -> Factor:
+    """A factor that is computed from others."""
+    finite, safe = (all(getattr(f, name) for f in factors) for name in ("finite", "safe"))
+    return Factor(tuple(shape), _reads(factors), compute, finite=finite, safe=safe)
 
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
@@ -231,13 +246,19 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
     def add(read: Reader) -> Any:
         return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
-    return Factor(x.shape, _reads((x, y)), add, finite=_are_finite((x, y))).reshaped(a.shape)
+    return _made_of(x.shape, (x, y), add).reshaped(a.shape)
 
 
 def _entries(x: Any, at: Sequence[Any]) -> Any:
     """At positions along the first axes, none of which is out of bounds."""
     at = tuple(map(jnp.asarray, at))
     return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _select(open_: Any, x: Any) -> Any:
+    """``x`` where a gate is open, else 0."""
+    x = jnp.asarray(x)
+    return lax.select(jnp.broadcast_to(open_, x.shape), x, lax.full_like(x, 0))
 
 
 def _scaled(c: float, x: Any) -> Any:
@@ -279,7 +300,7 @@ class Term:
     @property
     def finite(self) -> bool:
         """Whether its factors are, where the program's values are."""
-        return _are_finite(self.factors)
+        return all(f.finite for f in self.factors)
 
     @property
     def is_known(self) -> bool:
@@ -309,9 +330,7 @@ class Term:
         closed = gate is not None and not (gate.static is not None and gate.static.all())
         gates, factors = self.gates, self.factors
         if gate is not None and closed:
-            gate = after if gate is by else gate.widened(self.summed)
-            gates = (*gates, gate)
-            factors = tuple(f if f.finite else f.masked(gate) for f in factors)
+            gates = (*gates, after if gate is by else gate.widened(self.summed))
         for i, f in enumerate(factors):
             if f.static is not None and after.static is not None and f.shape == after.shape:
                 both = known(f.static * after.static)
@@ -360,7 +379,7 @@ class Term:
                 term = term._written_out(axis, source[axis])
         if whole is not None:
             return term._renamed(dim, whole)
-        there = [f for f in term.factors if f.shape[dim] != 1]
+        there = [f.masked(term.gates) for f in term.factors if f.shape[dim] != 1]
         if not there:
             return dataclasses.replace(term, scale=term.scale * size)
         rest = tuple(f for f in term.factors if f.shape[dim] == 1)
@@ -378,6 +397,7 @@ class Term:
         at = (*self.at[:axis], self.summed, *self.at[axis + 1 :])
         term = self._changed(lambda f: f.widened(1), at=at, summed=self.summed + 1)
         hot = index.mapped(lambda i: _hot(i, size).reshape(shape), shape)
+        hot = dataclasses.replace(hot, safe=True)
         gates = (*term.gates, hot) if term.gates else ()
         return dataclasses.replace(term, factors=(*term.factors, hot), gates=gates)
 
@@ -416,6 +436,7 @@ class Term:
                 term = term._written_out(axis, source[axis])
         ones = (1,) * (rank - 1 + term.summed)
         among = [f for f in term.factors if f.shape[0] != 1]
+        rest = [f for f in term.factors if f.shape[0] == 1]
         after = np.broadcast_shapes(ones, *(f.shape[1:] for f in among))
         # A matrix of what is sparse.
         if math.prod((*sizes, *after)) > (MOST_INDICES if axes else MOST_ENTRIES):
@@ -434,22 +455,21 @@ class Term:
                 return jnp.moveaxis(y, range(1, len(counts)), range(1 - len(counts), 0))
 
             shape = (count, *after, *counts[1:])
-            reads = _reads((*factors, *indices))
-            return Factor(shape, reads, add_up, finite=_are_finite(factors))
+            made = _made_of(shape, factors, add_up)
+            return dataclasses.replace(made, reads=_reads((*factors, *indices)))
 
         closing = [g for g in term.gates if g.shape[0] != 1]
         zeros = [f for f in among if closing and f.static is not None]
-        made = added_up(among, indices)
+        made = added_up([f.masked(term.gates) for f in among], indices)
         reached = added_up([f.nonzero for f in dict.fromkeys((*closing, *zeros))], [ids])
         more = len(axes)
-        rest = (f.widened(more) for f in term.factors if f not in among)
         gates = (g.widened(more) for g in (*(g for g in term.gates if g not in closing), reached))
         at = list(term.at)
         for k, axis in enumerate(axes):
             at[axis] = term.summed + k
         return dataclasses.replace(
             term,
-            factors=(*rest, made),
+            factors=(*(f.widened(more) for f in rest), made),
             at=tuple(at),
             summed=term.summed + more,
             gates=tuple(gates),
@@ -464,15 +484,19 @@ class Term:
         common = tuple(f for f in self.factors if f not in mine)
         if len(common) + len(theirs) != len(other.factors):
             return None
+        gates = _either(self, other)
         if not mine and not theirs:
             both = dataclasses.replace(self, scale=self.scale + other.scale)
         elif len(mine) == len(theirs) == 1 and mine[0].shape == theirs[0].shape:
-            factor = added(mine[0], theirs[0], self.scale, other.scale)
+            x, y = mine[0], theirs[0]
+            if gates != self.gates or gates != other.gates:
+                x, y = x.masked(self.gates), y.masked(other.gates)
+            factor = added(x, y, self.scale, other.scale)
             both = dataclasses.replace(self, scale=1.0, factors=(*common, factor))
         else:
             return None
         # What is added up here reaches the value in one way from now on.
-        return dataclasses.replace(both, once=False, gates=_either(self, other))
+        return dataclasses.replace(both, once=False, gates=gates)
 
 
 def _either(a: Term, b: Term) -> tuple[Factor, ...]:
@@ -588,8 +612,7 @@ def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     def contract(read: Reader) -> Any:
         return _product([_operand(f, range(len(shape)), read) for f in factors], kept, sizes)
 
-    made = Factor(sizes, _reads(factors), contract, finite=_are_finite(factors))
-    return made.reshaped(shape)
+    return _made_of(sizes, factors, contract).reshaped(shape)
 
 
 def _operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:
@@ -966,16 +989,19 @@ def _of_pair(
     pair, outside, gates = [], [], frozenset[Factor]()
     for term in (a, b):
         dims = (*over, *range(rank, rank + term.summed))
-        inside = tuple(f for f in term.factors if _depends(f, dims))
+        inside = [f for f in term.factors if _depends(f, dims)]
         outside += [f for f in term.factors if f not in inside]
+        inside = [read.once((f, None, *term.gates), f.masked, term.gates) for f in inside]
         for g in read.once((dims, *term.factors, None, *term.gates), term.any_along, dims):
             gates |= {read.once((g, rank), g.reshaped, g.shape[:rank])}
-        pair.append(dataclasses.replace(term, factors=inside, gates=()))
+        pair.append(dataclasses.replace(term, factors=tuple(inside), gates=()))
     a, b = sorted(pair, key=lambda term: term.key)
     key = a.key, b.key, id(spread), tuple(shape), tuple(over)
     y = read.once(key, _sum_over_source, a, b, spread, shape, read, over)
     if y is None:
         return None
+    wide = [read.once((f, rank), f.reshaped, f.shape[:rank]) for f in outside]
+    outside = [read.once((f, gates), f.masked, gates) for f in wide]
     outside.sort(key=lambda f: f.serial)
     return read.once((key, *outside), _times, y, outside, read), gates
 
@@ -994,8 +1020,7 @@ def _behind(x: Any, gates: frozenset[Factor], read: Reader) -> Any:
         return x
     open_ = read.once(gates, _all_open, gates, read)
     shape = np.broadcast_shapes(open_.shape, x.shape)
-    open_, x = jnp.broadcast_to(open_, shape), jnp.broadcast_to(x, shape)
-    return lax.select(open_, x, lax.full_like(x, 0))
+    return _select(open_, jnp.broadcast_to(x, shape))
 
 
 def _all_open(gates: frozenset[Factor], read: Reader) -> Any:

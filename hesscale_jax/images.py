@@ -83,6 +83,9 @@ SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
 # Their slopes are finite where their operands are.
 SMOOTH = {"abs", "asinh", "atan", "cos", "erf", "integer_pow", "logistic", "sin", "square", "tanh"}
 
+# Their slopes are finite anyhow, but for those of a sine at infinity, where it has no value.
+BOUNDED = {"asinh", "atan", "clamp", "cos", "erf", "logistic", "max", "min", "sin", "tanh"}
+
 # Linear in their operands, by matrices of no more entries than these.
 MOST_IN_MATRIX = 2**14
 
@@ -465,7 +468,7 @@ class Images:
         y, parts = Form(shape, {}), Form(shape, {})
         for i in active:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
-            by = placed(of_atom(other), len(frame), places[1 - i])
+            by = placed(dataclasses.replace(of_atom(other), safe=True), len(frame), places[1 - i])
             form = full[i]
             summed = any(t.summed for terms in form.of.values() for t in terms)
             if operand in self._bent or (len(active) == 2 and summed and not meets):
@@ -581,7 +584,8 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
         return other.mapped(lambda x: 1 / x, other.shape)
     if eqn.name == "select_n":
         which = of_atom(eqn.inputs[0])
-        return which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
+        chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
+        return dataclasses.replace(chosen, safe=True)
     (y,) = eqn.outputs
     reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
 
@@ -594,7 +598,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    return Factor(tuple(y.shape), reads, slope, finite=is_finite)
+    return Factor(tuple(y.shape), reads, slope, finite=is_finite, safe=eqn.name in BOUNDED)
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
@@ -692,7 +696,8 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
 
         return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
 
-    return Factor((m, n), frozenset(v for v in eqn.inputs if isinstance(v, Value)), matrix)
+    reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
+    return Factor((m, n), reads, matrix, safe=True)
 
 
 def _run(eqn: Equation, *operands: Any) -> list[Any]:

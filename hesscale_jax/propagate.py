@@ -215,7 +215,12 @@ class _Walk:
             ys = list(map(walk._collapsed, body.program.outputs[len(carry) :]))
             return (carry, arithmetic.leave(inside)), ys
 
-        start = handed_on(carry), arithmetic.start()
+        read = [x.primal for x in (*consts, *carry, *xs)]
+
+        def varying(x: Any) -> Any:
+            return functools.reduce(_jaxpr.varying_as, read, x)
+
+        start = handed_on(carry), jax.tree.map(varying, arithmetic.start())
         (carry, carried), ys = run_steps(eqn, step, start, xs, Recursion(self, eqn).policy)
         arithmetic.finish(carried)
         self._made_in.update((eqn.outputs[i], around) for i in through.carries)

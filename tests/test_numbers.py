@@ -228,6 +228,49 @@ def test_what_is_added_up_behind_a_choice_stays_away(choice):
     np.testing.assert_allclose(diagonals[finite], expected[1][finite], rtol=1e-9, atol=1e-9)
 
 
+# What a choice closes of a last layer's images, where a value of the program is infinite
+ROWS = np.array([[1.0, 0.5], [-1.0, 0.3]])
+FIRST = np.array([True, False])
+
+
+def closed(fun):
+    """What ``fun`` makes of units that are all dead."""
+    return lambda z: fun(nn.relu(z - 5))
+
+
+INFINITE = {
+    "entropy": lambda z: jnp.where(FIRST, (a := jnp.where(FIRST, jnp.exp(z), 0)) * jnp.log(a), 0),
+    "entropy of relu": lambda z: jnp.where((a := nn.relu(z)) > 0, a * jnp.log(a), 0.0),
+    "two powers": lambda z: jnp.where((a := nn.relu(z)) > 0, a * a**-0.5, 0.0),
+    "exponential": lambda z: jnp.where(FIRST, jnp.exp(a := jnp.where(FIRST, z, -jnp.inf)) * a, 0.0),
+    "square": lambda z: jnp.where(FIRST, jnp.where(FIRST, z, -jnp.inf) ** 2, 0.0),
+    "normalised": closed(lambda a: jnp.where((s := a.sum()) > 0, a / s, 0.0)),
+    "by a norm": closed(lambda a: jnp.where((s := jnp.linalg.norm(a)) > 0, a / s, 0.0)),
+    "by a mean": closed(lambda a: jnp.where((s := jnp.mean(a**2)) > 0, a * lax.rsqrt(s), 0.0)),
+    "by another": lambda z: jnp.where((a := nn.relu(z)) > 0, a / a[::-1], 0.0),
+    "root": closed(jnp.sqrt),
+    "root, added up": closed(lambda a: jnp.where(FIRST, jnp.cumsum(jnp.sqrt(a)) ** 2, 0.0)),
+    "norms": closed(lambda a: jnp.linalg.norm(a[:, None] * np.ones((1, 2)), axis=1)),
+    "log of roots": closed(lambda a: log_where_positive(jnp.sqrt(a) + jnp.sqrt(a)[::-1])),
+}  # fmt: skip
+READERS = {
+    "difference": lambda b: (b[0] - b[1]) ** 2,
+    "sums": lambda b: jnp.sum(jnp.cumsum(b) ** 2),
+    "by ids": lambda b: jax.ops.segment_sum(b, np.array([1, 1]), 3)[1] ** 2,
+    "bilinear": lambda b: b @ ROWS @ b,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_infinite_behind_a_choice_stays_away(reader):
+    losses = [lambda w, f=f: READERS[reader](f(ROWS @ w)) for f in INFINITE.values()]
+    (grads, diagonals), expected = of_each(losses, jnp.array([0.7, -0.4]))
+    finite = np.isfinite(expected[1]).all(1)
+    assert finite.sum() >= len(INFINITE) - 2
+    np.testing.assert_allclose(grads, expected[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(diagonals[finite], expected[1][finite], rtol=1e-9, atol=1e-9)
+
+
 # Entries that no parameter reaches, beside one that some do
 FILLS = {
     "pad": lambda x: jnp.pad(x[:1], (0, 1)),

@@ -217,6 +217,44 @@ def test_shard_map_around():
     assert_close(received, on_one_device("hessian"))
 
 
+STEPS = jnp.array([0.2, -0.3, 0.5])
+
+# Functions of a device's logits: those with a derivative rule of their own, and the like
+ON_DEVICE = {
+    "relu": nn.relu,
+    "softplus": nn.softplus,
+    "hard_swish": nn.hard_swish,
+    "loop": lambda z: lax.scan(lambda y, c: (y * z + c, c), lax.stop_gradient(z), STEPS)[0],
+    "xlogy": lambda z: jax.scipy.special.xlogy(z**2, z**2),
+    "scan": lambda z: lax.scan(lambda y, t: (nn.relu(y * t + z), y), 1 + z, STEPS)[0],
+    "cond": lambda z: lax.cond(z.sum() > 0, nn.relu, nn.softplus, z),
+    "spectrum": lambda z: jnp.abs(jnp.fft.rfft(jnp.concatenate([nn.relu(z), z], 1))),
+    "solve": lambda z: jnp.linalg.solve((2 + z[0, 0] ** 2) * jnp.eye(2), nn.relu(z[0])),
+    "masked": lambda z: jnp.cumsum(jnp.where(z > 0, jnp.log(jnp.where(z > 0, z, 1.0)), 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_functions_on_a_device(name):
+    def local(w, x):
+        return jnp.sum(ON_DEVICE[name](x @ w) ** 2)
+
+    def around(w, x):
+        w = lax.pcast(w, "devices", to="varying")
+        return lax.psum(hs.hesscale(local)(w, x), "devices")
+
+    def mapped(fun):
+        specs = {"in_specs": (P(), P("devices")), "out_specs": P()}
+        return jax.shard_map(fun, mesh=mesh_of(AxisType.Auto), **specs)
+
+    w, x = normal(3, 2), normal(DEVICES, 3, seed=1)
+    within = hs.hesscale(mapped(lambda w, x: lax.psum(local(w, x), "devices")))
+    by_row = jax.jit(jax.vmap(hs.hesscale(local), (None, 0)))(w, x[:, None])
+    expected = jax.tree.map(lambda x: x.sum(0), by_row)
+    for received in jax.jit(lambda w: (within(w, x), mapped(around)(w, x)))(w):
+        assert_close(received, expected)
+
+
 def test_shard_map_over_one_of_two_axes():
     mesh = mesh_of(AxisType.Auto, (4, 2), ("data", "model"))
     mapped = jax.shard_map(

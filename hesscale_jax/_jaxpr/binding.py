@@ -20,6 +20,7 @@ from jax.extend.core import primitives
 
 from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value, is_inexact
 from hesscale_jax._jaxpr.sources import context
+from hesscale_jax._manual import varying, varying_axes
 
 __all__ = [
     "add",
@@ -46,8 +47,25 @@ __all__ = [
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
-    """The jaxpr of ``fun`` at the shapes and dtypes of ``args``."""
-    return jax.make_jaxpr(fun)(*args)
+    """The jaxpr of ``fun`` at the types of ``args``, those within a ``shard_map`` too."""
+    types = [x for x in jax.tree.leaves(args) if not isinstance(x, jax.core.Tracer)]
+    mesh = next((x.sharding.mesh for x in types if varying_axes(x)), None)
+    if mesh is None:
+        return jax.make_jaxpr(fun)(*args)
+    found = list[core.ClosedJaxpr]()
+
+    def on_device() -> None:
+        xs = jax.tree.map(lambda x: varying(jnp.zeros(x.shape, x.dtype), x), args)
+        found.append(jax.make_jaxpr(fun)(*xs))
+
+    names = set(mesh.manual_axes)
+    if not names <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        mesh = mesh.update_axis_types(dict.fromkeys(names, jax.sharding.AxisType.Auto))
+        on_device = jax.shard_map(
+            on_device, mesh=mesh, axis_names=names, in_specs=(), out_specs=None
+        )
+    jax.eval_shape(on_device)
+    return found[0]
 
 
 HALF = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
@@ -115,12 +133,7 @@ def sums_wrongly(program: Program) -> bool:
 
 def varying_as(x: Any, other: Any) -> Any:
     """``x`` with a type that varies over the devices of a ``shard_map`` as that of ``other``."""
-    axes = _varying(other) - _varying(x)
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def _varying(x: Any) -> frozenset[Any]:
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return varying(x, jax.typeof(other))
 
 
 def stops_at_nans() -> bool:

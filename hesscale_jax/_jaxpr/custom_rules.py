@@ -59,8 +59,8 @@ def derivative_jaxpr(eqn: Equation) -> core.ClosedJaxpr:
         start = [operands[i] for i in moving]
         return jax.jvp(along(eqn, operands, moving), start, tangents)
 
-    avals = {i: jax.ShapeDtypeStruct(eqn.inputs[i].shape, eqn.inputs[i].dtype) for i in values}
-    return trace(with_derivative, list(avals.values()), [avals[i] for i in moving])
+    primals, tangents = ([eqn.inputs[i].aval for i in at] for at in (values, moving))
+    return trace(with_derivative, primals, tangents)
 
 
 def moved_results(eqn: Equation, positions: Sequence[int]) -> list[bool]:

@@ -9,6 +9,7 @@ from jax.extend import core
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr.program import Equation, Value
 from hesscale_jax._jaxpr.sources import label
+from hesscale_jax._manual import varying_axes
 
 __all__ = [
     "WHOLE",
@@ -65,8 +66,7 @@ def inner_equations(params: dict[str, Any]) -> Iterator[core.JaxprEqn]:
 
 def varies(value: Value) -> bool:
     """Whether a value's type says that it differs over the devices of a ``shard_map``."""
-    axes = getattr(value.aval, "manual_axis_type", None)
-    return axes is not None and bool(axes.varying)
+    return bool(varying_axes(value.aval))
 
 
 def complex_primitive(eqn: Equation) -> str | None:

@@ -145,7 +145,7 @@ def _operator_solved(
     probes = system.unit_vectors(xs, max_entries)
     if probes is None:
         probes = [samples**-0.5 * signs(eqn, k, x, samples) for k, x in enumerate(xs)]
-    squares, turned = jax.vmap(along)(*probes)
+    squares, turned = jax.vmap(along)(*map(_jaxpr.varying_as, probes, xs))
     spreads = [v.sum(0) for v in squares]
     if turned:
         # JAX transposes a solve in all of its right-hand sides, or in none.
