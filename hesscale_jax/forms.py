@@ -383,7 +383,11 @@ class Term:
         if not there:
             return dataclasses.replace(term, scale=term.scale * size)
         rest = tuple(f for f in term.factors if f.shape[dim] == 1)
-        factors = (*rest, _contracted(there, [dim]))
+        made = _contracted(there, [dim])
+        if math.prod(made.shape) > MOST_ENTRIES:
+            raise TooLarge
+
+        factors = (*rest, made)
         return dataclasses.replace(term, factors=factors, gates=term.any_along([dim]))
 
     def _written_out(self, axis: int, size: int) -> "Term":
@@ -603,9 +607,6 @@ def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     shape = list(np.broadcast_shapes(*(f.shape for f in factors)))
     for dim in dims:
         shape[dim] = 1
-    if math.prod(shape) > MOST_ENTRIES:
-        raise TooLarge
-
     kept = [i for i, n in enumerate(shape) if n != 1]
     sizes = tuple(shape[i] for i in kept)
 
