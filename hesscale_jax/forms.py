@@ -379,16 +379,16 @@ class Term:
                 term = term._written_out(axis, source[axis])
         if whole is not None:
             return term._renamed(dim, whole)
+        gates = term.any_along([dim])
         there = [f.masked(term.gates) for f in term.factors if f.shape[dim] != 1]
         if not there:
-            return dataclasses.replace(term, scale=term.scale * size)
+            return dataclasses.replace(term, scale=term.scale * size, gates=gates)
         rest = tuple(f for f in term.factors if f.shape[dim] == 1)
         made = _contracted(there, [dim])
         if math.prod(made.shape) > MOST_ENTRIES:
             raise TooLarge
 
-        factors = (*rest, made)
-        return dataclasses.replace(term, factors=factors, gates=term.any_along([dim]))
+        return dataclasses.replace(term, factors=(*rest, made), gates=gates)
 
     def _written_out(self, axis: int, size: int) -> "Term":
         """With the index of an axis as a factor of zeros and ones, and the axis summed over."""

@@ -953,8 +953,7 @@ def _scattered(eqn: Equation, u: Form) -> Form | None:
         ids = combined(functools.partial(_flat, sizes=across), (math.prod(lead),), *at)
         first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
         rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
-        count = math.prod(across)
-        image = rows.summed_by(ids, count).reshaped((*across, *sizes))
+        image = rows.summed_by(ids, math.prod(across)).reshaped((*across, *sizes))
         image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
     else:
         return None
