@@ -255,6 +255,18 @@ def test_functions_on_a_device(name):
         assert_close(received, expected)
 
 
+def test_functions_on_a_device_of_an_explicit_mesh():
+    def local(w, x):
+        return lax.psum(jnp.sum(nn.relu(x @ w) ** 2), "devices")
+
+    w, x = normal(3, 2), normal(DEVICES, 3, seed=1)
+    expected = jax.jit(hs.hesscale(lambda w, x: jnp.sum(nn.relu(x @ w) ** 2)))(w, x)
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        mapped = jax.shard_map(local, in_specs=(P(), P("devices")), out_specs=P())
+        received = jax.jit(hs.hesscale(mapped))(w, jax.reshard(x, P("devices")))
+    assert_close(received, expected)
+
+
 def test_shard_map_over_one_of_two_axes():
     mesh = mesh_of(AxisType.Auto, (4, 2), ("data", "model"))
     mapped = jax.shard_map(

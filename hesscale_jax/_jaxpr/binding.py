@@ -58,9 +58,10 @@ def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
         xs = jax.tree.map(lambda x: varying(jnp.zeros(x.shape, x.dtype), x), args)
         found.append(jax.make_jaxpr(fun)(*xs))
 
-    names = set(mesh.manual_axes)
-    if not names <= set(jax.sharding.get_abstract_mesh().manual_axes):
-        mesh = mesh.update_axis_types(dict.fromkeys(names, jax.sharding.AxisType.Auto))
+    names, around = set(mesh.manual_axes), jax.sharding.get_abstract_mesh()
+    if not names <= set(around.manual_axes):
+        automatic = dict.fromkeys(names, jax.sharding.AxisType.Auto)
+        mesh = mesh.update_axis_types(automatic) if around.empty else around
         on_device = jax.shard_map(
             on_device, mesh=mesh, axis_names=names, in_specs=(), out_specs=None
         )
