@@ -1076,7 +1076,9 @@ class _Grouping:
 
     def _check_order(self, homes: set[Block], operands: list[Value]) -> None:
         """Raise if a block of these and of an equation with the operands came before itself."""
-        lowest = min((self._levels[home][0] for home in homes), default=0)
+        if not homes:
+            return  # of a new block, nothing is read yet
+        lowest = min(self._levels[home][0] for home in homes)
         makers = map(self._made_by, operands)
         ahead: set[Unit] = {unit for unit in makers if unit is not None and unit not in homes}
         if len(homes) > 1:

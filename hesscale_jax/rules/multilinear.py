@@ -48,6 +48,8 @@ class Multilinear:
         """The moments of the result."""
         x, w, *sizes = operands
         rest = [size.primal for size in sizes]  # of the groups of a ragged product
+        numbers, *shapes = _matrices(eqn, x.primal, w.primal)
+        factors = [lax.reshape(f.primal, shape) for f, shape in zip((x, w), shapes, strict=True)]
         wide = spread_dtype(x.primal.dtype, w.primal.dtype)
         result = spread_dtype(eqn.outputs[0].dtype)
         within = self.within(x.primal.dtype, w.primal.dtype)
@@ -61,27 +63,33 @@ class Multilinear:
             factor = lax.convert_element_type(factor, wide)
             return _jaxpr.multiply(factor, factor)
 
-        def product(a: Any, b: Any) -> Any:
-            return None if a is None or b is None else _bind(eqn, a, b, *rest)
+        def product(a: Any, b: Any, **changes: Any) -> Any:
+            y = _jaxpr.bind(eqn, a, b, *rest, **numbers, **changes)
+            return lax.reshape(y, eqn.outputs[0].shape)
+
+        def shift(position: int) -> Any:
+            """What one factor's shift gives the result's."""
+            moved = operands[position].shift
+            if moved is None:
+                return None
+            moved, other = lax.reshape(moved, shapes[position]), factors[1 - position]
+            return product(other, moved) if position else product(moved, other)
 
         def spread(position: int) -> Any:
             """What one factor's spread gives the result's."""
-            v, other = operands[position].spread, operands[1 - position].primal
+            v = operands[position].spread
             if v is None:
                 return None
             if isinstance(v, Factored):
-                y = v.spread(eqn, position, other)
+                y = v.spread(eqn, position, operands[1 - position].primal)
             else:
-                pair = (square(other), v) if position else (v, square(other))
-                y = _bind(eqn, *(rounded(a, within) for a in pair), *rest, **precise)
+                v, other = lax.reshape(v, shapes[position]), square(factors[1 - position])
+                v, other = rounded(v, within), rounded(other, within)
+                y = product(other, v, **precise) if position else product(v, other, **precise)
             return rounded(y, result)
 
-        y = Moments(
-            product(x.primal, w.primal),
-            total(product(x.shift, w.primal), product(x.primal, w.shift)),
-            total(spread(0), spread(1)),
-        )
-        return [y]
+        y = product(*factors)
+        return [Moments(y, total(shift(0), shift(1)), total(spread(0), spread(1)))]
 
     def within(self, *factors: Any) -> Any:
         """The dtype in which products of spreads and squares are taken, by the factors' dtypes."""
@@ -117,15 +125,18 @@ def rounded(x: Any, dtype: Any) -> Any:
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
-def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
-    """``f(x, w)``, in a ``dot_general`` with adjacent axes as one where they are treated alike.
+def _matrices(eqn: Equation, x: Any, w: Any) -> tuple[dict[str, Any], Any, Any]:
+    """The factors of a ``dot_general`` with adjacent axes as one where they are treated alike.
 
     So ``x`` of shape ``(batch, length, n)`` is a matrix. The transpose of its product in ``w`` sums
     over two axes otherwise, for which XLA on the CPU copies an operand, and computes once more in
     the copy whatever made it. Elsewhere there is no copy, and the axes may be sharded.
+
+    Returns:
+      Changes to the equation's parameters, and the shapes of its factors.
     """
     if eqn.name != "dot_general" or not _jaxpr.is_on_one_cpu(eqn, x, w):
-        return _jaxpr.bind(eqn, x, w, *rest, **changes)
+        return {}, x.shape, w.shape
     (of_x, of_w), (batch_x, batch_w) = eqn.params["dimension_numbers"]
     axes_x = _merged(x.ndim, dict(zip(of_x, of_w, strict=True)), batch_x)
     axes_w = _merged(w.ndim, dict(zip(of_w, of_x, strict=True)), batch_w)
@@ -134,14 +145,8 @@ def _bind(eqn: Equation, x: Any, w: Any, *rest: Any, **changes: Any) -> Any:
         ([axes_x.index(i) for i, _ in summed], [axes_w.index(j) for _, j in summed]),
         ([axes_x.index(i) for i in batch_x], [axes_w.index(i) for i in batch_w]),
     )
-    y = _jaxpr.bind(
-        eqn,
-        _with_axes(x, axes_x),
-        _with_axes(w, axes_w),
-        **changes,
-        dimension_numbers=tuple(tuple(map(tuple, sides)) for sides in numbers),
-    )
-    return lax.reshape(y, eqn.outputs[0].shape)
+    changes = {"dimension_numbers": tuple(tuple(map(tuple, sides)) for sides in numbers)}
+    return changes, _with_axes(x.shape, axes_x), _with_axes(w.shape, axes_w)
 
 
 def _merged(rank: int, partner: dict[int, int], batch: Sequence[int]) -> list[int]:
@@ -157,9 +162,9 @@ def _merged(rank: int, partner: dict[int, int], batch: Sequence[int]) -> list[in
     return [i for i in range(rank) if not joins(i)]
 
 
-def _with_axes(factor: Any, first: list[int]) -> Any:
-    bounds = itertools.pairwise([*first, factor.ndim])
-    return lax.reshape(factor, [math.prod(factor.shape[lo:hi]) for lo, hi in bounds])
+def _with_axes(shape: Sequence[int], first: list[int]) -> list[int]:
+    """The shape with the axes from each of the first to the next as one."""
+    return [math.prod(shape[lo:hi]) for lo, hi in itertools.pairwise([*first, len(shape)])]
 
 
 def met(
