@@ -128,6 +128,8 @@ class _Builder:
         self._one_result = apart
         self._moving = set(filter(is_inexact, inputs))  # what may depend on an input
         self._images = set(inputs)  # what is affine in the inputs
+        self._sums = set[Value]()  # functions of what reductions return, and of nothing else
+        self._sharing = set[Value]()  # of other values too: their entries share a reduction
         self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
@@ -403,20 +405,20 @@ class _Builder:
     def _weighs(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a ``dot_general`` adds up something curved, weighted by a constant vector.
 
-        Or by a small matrix, if what is curved is a vector.
+        Or by a small matrix, if what is curved is a vector. Where the weights move too, it has to
+        be something whose entries share a reduction, as those of a softmax do.
         """
-        moves = [isinstance(x, Value) and x in self._moving for x in inputs]
-        if all(moves) or not any(moves):
+        moving = [x for x in inputs if isinstance(x, Value) and x in self._moving]
+        curved = {x for x in moving if x not in self._images}
+        if not curved or (len(moving) == 2 and curved.isdisjoint(self._sharing)):
             return False
-        at = moves.index(True)
-        counts = [
-            math.prod(v.aval.shape[i] for i in axes)
-            for v, axes in zip(eqn.invars, free_axes(eqn), strict=True)
-        ]
-        entries = math.prod(eqn.invars[1 - at].aval.shape)
-        small = isinstance(entries, int) and entries <= SMALL
-        weighs = counts[1 - at] == 1 or (counts[at] == 1 and small)
-        return weighs and inputs[at] not in self._images
+        for k, axes in enumerate(free_axes(eqn)):
+            weights, other = eqn.invars[k].aval, eqn.invars[1 - k].aval
+            entries = math.prod(other.shape)
+            few = inputs[1 - k] in curved or (isinstance(entries, int) and entries <= SMALL)
+            if few and math.prod(weights.shape[i] for i in axes) == 1:
+                return True
+        return False
 
     def _is_given(self, x: Any) -> bool:
         """Whether a value is an input, or one in another dtype."""
@@ -469,7 +471,17 @@ class _Builder:
             self._moving.update(filter(is_inexact, outputs))
             if self._is_linear(new):
                 self._images.update(outputs)
+            self._note_sharing(new)
         return new.outputs
+
+    def _note_sharing(self, eqn: Equation) -> None:
+        """Take note of results whose entries share what a reduction added up."""
+        moving = [v for v in eqn.inputs if isinstance(v, Value) and v in self._moving]
+        sums = [v in self._sums for v in moving]
+        if eqn.name in REDUCTIONS or (eqn.name in ENTRYWISE and all(sums)):
+            self._sums.update(eqn.outputs)
+        elif eqn.name in ENTRYWISE and (any(sums) or not self._sharing.isdisjoint(moving)):
+            self._sharing.update(eqn.outputs)
 
     def _is_linear(self, eqn: Equation) -> bool:
         """Whether an equation is affine in the inputs."""
