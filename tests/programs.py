@@ -997,7 +997,19 @@ def last_layer(rng: random.Random, bent: bool = True) -> Case:
     logits = linear(program, x, classes, bent)
     program.nodes = [logits, program.constant((batch, classes)), program.constant(())]
     z = grow_block(program, logits.shape, (1,))
+    z = weighted(program, z) if bent else z
     return case(program, rng.choice(("jnp.sum({})", "jnp.mean({})")).format(z))
+
+
+def weighted(program: Program, z: Node) -> Node:
+    """Now and then, what shares a reduction, weighted by a vector that is trained too."""
+    if z.shape[1:] in ((), (1,)) or program.rng.random() < 0.7:
+        return z
+    weights = program.input((z.shape[1],), exact=True)
+    normalized = "{0} / jnp.sqrt(1.0 + jnp.mean({0}**2, 1, keepdims=True))"
+    shared = program.choose("jax.nn.softmax({})", normalized, "jnp.tanh({})")
+    y = program.add(f"({shared.format(z)}) @ {weights}", z.shape[:1])
+    return program.add(program.choose(*SMOOTH).format(y), y.shape)
 
 
 def plain_last_layer(rng: random.Random) -> Case:
@@ -1037,7 +1049,7 @@ def meeting(rng: random.Random) -> Case:
         row = rng.randrange(batch)
         images.append(program.add(program.choose(*ROWS).format(image, row), image.shape))
     program.nodes = [*images, program.constant((batch, classes))]
-    z = grow_block(program, images[0].shape, (1,))
+    z = weighted(program, grow_block(program, images[0].shape, (1,)))
     return case(program, program.choose("jnp.sum({})", "jnp.mean({})").format(z))
 
 

@@ -53,6 +53,21 @@ def ordered_logit(p):
     return -jnp.log(probability - jax.nn.sigmoid(cuts[labels % 2] - score)).mean()
 
 
+def mixture(p):
+    likelihoods = jnp.exp(-((X[:, :1] - p["means"]) ** 2))
+    return -jnp.log(likelihoods @ jax.nn.softmax(p["weights"])).sum()
+
+
+def experts(p):
+    of_each = jnp.tanh(jnp.einsum("ni,iko->nko", X, p["experts"]))
+    return jnp.mean((jnp.einsum("nk,nko->no", jax.nn.softmax(X @ p["gate"]), of_each) - 1) ** 2)
+
+
+def after_a_norm(p):
+    units = p["scale"] * jax.nn.standardize(jnp.tanh(X @ p["w"])) + p["shift"]
+    return jax.nn.softplus(units @ p["head"]).mean()
+
+
 def contrastive(p):
     logits = p["scale"] * A + p["bias"]
     rows, columns = (jax.nn.log_softmax(each, -1).diagonal() for each in (logits, logits.T))
@@ -447,6 +462,13 @@ LINES = {
         (lambda w: jnp.sum((jax.nn.softmax(w) @ B) ** 2), x),
         (lambda w: -jnp.log(jnp.abs(X) @ jax.nn.softmax(w)).sum(), x),
         (lambda w: ((X @ (w / jnp.linalg.norm(w)) - 1) ** 2).sum(), x),
+    ],
+    "What shares a reduction, weighted by a vector that is trained too": [
+        (mixture, {"weights": x[:3], "means": A[:1, :3]}),
+        (lambda p: jnp.sum(jnp.tanh(jax.nn.softmax(X @ p["w"]) @ p["t"]) ** 2), {"w": B, "t": B[0]}),
+        (experts, {"gate": B, "experts": normal(22, 4, 2, 3)}),
+        (after_a_norm, {"w": A, "scale": x[None], "shift": A[:1], "head": A[:, :1]}),
+        (lambda p: jnp.sum((jax.nn.standardize(X @ p["w"]) @ p["v"] - 1) ** 2), {"w": A, "v": x}),
     ],
     "One sum of functions of single entries, and what is made of it in any block": [
         (lambda w: (jnp.tanh(v := jnp.sin(w).sum(0)) * v.sum() ** 2).sum(), W),
