@@ -1007,7 +1007,7 @@ def weighted(program: Program, z: Node) -> Node:
         return z
     weights = program.input((z.shape[1],), exact=True)
     normalized = "{0} / jnp.sqrt(1.0 + jnp.mean({0}**2, 1, keepdims=True))"
-    shared = program.choose("jax.nn.softmax({})", normalized, "jnp.tanh({})")
+    shared = program.choose("jax.nn.softmax({})", normalized)
     y = program.add(f"({shared.format(z)}) @ {weights}", z.shape[:1])
     return program.add(program.choose(*SMOOTH).format(y), y.shape)
 
@@ -1049,7 +1049,7 @@ def meeting(rng: random.Random) -> Case:
         row = rng.randrange(batch)
         images.append(program.add(program.choose(*ROWS).format(image, row), image.shape))
     program.nodes = [*images, program.constant((batch, classes))]
-    z = weighted(program, grow_block(program, images[0].shape, (1,)))
+    z = grow_block(program, images[0].shape, (1,))
     return case(program, program.choose("jnp.sum({})", "jnp.mean({})").format(z))
 
 

@@ -465,7 +465,7 @@ LINES = {
     ],
     "What shares a reduction, weighted by a vector that is trained too": [
         (mixture, {"weights": x[:3], "means": A[:1, :3]}),
-        (lambda p: jnp.sum(jnp.tanh(jax.nn.softmax(X @ p["w"]) @ p["t"]) ** 2), {"w": B, "t": B[0]}),
+        (lambda p: jnp.tanh(jax.nn.softmax(X @ p["w"]) @ p["t"]).sum(), {"w": B, "t": B[0]}),
         (experts, {"gate": B, "experts": normal(22, 4, 2, 3)}),
         (after_a_norm, {"w": A, "scale": x[None], "shift": A[:1], "head": A[:, :1]}),
         (lambda p: jnp.sum((jax.nn.standardize(X @ p["w"]) @ p["v"] - 1) ** 2), {"w": A, "v": x}),

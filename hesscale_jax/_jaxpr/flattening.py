@@ -405,18 +405,18 @@ class _Builder:
     def _weighs(self, eqn: Any, inputs: Sequence[Any]) -> bool:
         """Whether a ``dot_general`` adds up something curved, weighted by a constant vector.
 
-        Or by a small matrix, if what is curved is a vector. Where the weights move too, it has to
-        be something whose entries share a reduction, as those of a softmax do.
+        Or by a small matrix, if what is curved is a vector. The vector may move too if one of both
+        shares a reduction among its entries, as a softmax does.
         """
         moving = [x for x in inputs if isinstance(x, Value) and x in self._moving]
         curved = {x for x in moving if x not in self._images}
         if not curved or (len(moving) == 2 and curved.isdisjoint(self._sharing)):
             return False
         for k, axes in enumerate(free_axes(eqn)):
-            weights, other = eqn.invars[k].aval, eqn.invars[1 - k].aval
+            weights, other = eqn.invars[k].aval, inputs[1 - k]
             entries = math.prod(other.shape)
-            few = inputs[1 - k] in curved or (isinstance(entries, int) and entries <= SMALL)
-            if few and math.prod(weights.shape[i] for i in axes) == 1:
+            small = isinstance(entries, int) and entries <= SMALL and len(moving) == 1
+            if (other in curved or small) and math.prod(weights.shape[i] for i in axes) == 1:
                 return True
         return False
 
