@@ -60,6 +60,7 @@ from hesscale_jax._jaxpr.rewriting import (
     selections_first,
     summed_on_log_scale,
 )
+from hesscale_jax._jaxpr.sizes import size
 from hesscale_jax._jaxpr.sources import label
 
 __all__ = ["flatten", "pure"]
@@ -478,7 +479,8 @@ class _Builder:
         """Take note of results whose entries share what a reduction added up."""
         moving = [v for v in eqn.inputs if isinstance(v, Value) and v in self._moving]
         sums = [v in self._sums for v in moving]
-        if eqn.name in REDUCTIONS or (eqn.name in ENTRYWISE and all(sums)):
+        spread = any(size(y.sizes) > size(moving[0].sizes) for y in eqn.outputs)
+        if eqn.name in REDUCTIONS or (eqn.name in ENTRYWISE and all(sums) and not spread):
             self._sums.update(eqn.outputs)
         elif eqn.name in ENTRYWISE and (any(sums) or not self._sharing.isdisjoint(moving)):
             self._sharing.update(eqn.outputs)
