@@ -997,7 +997,7 @@ def last_layer(rng: random.Random, bent: bool = True) -> Case:
     logits = linear(program, x, classes, bent)
     program.nodes = [logits, program.constant((batch, classes)), program.constant(())]
     z = grow_block(program, logits.shape, (1,))
-    z = weighted(program, z) if bent else z
+    z = weighted(program, z) if bent and batch > 1 else z
     return case(program, rng.choice(("jnp.sum({})", "jnp.mean({})")).format(z))
 
 
