@@ -128,7 +128,7 @@ class BlockArithmetic:
             (y,), (shift,) = jvp(eqn, primals, [shifts.get(i) for i in range(len(operands))])
         else:
             y = _jaxpr.bind(eqn, *primals)
-        with _jaxpr.at_once():
+        with _jaxpr.at_once():  # what is known takes longer to trace within
             slopes, curvatures = rule.derivatives(eqn, y, primals, active)
         if not rule.own_jvp:
             shift = total(*(scaled(as_coefficient(slopes.get(i)), shifts[i]) for i in active))
