@@ -54,7 +54,7 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     open_at = [x.where for x in (a, b) if isinstance(x, Cut)]
     number = times(*(x.number if isinstance(x, Cut) else x for x in (a, b)))
     if len(open_at) == 2 and open_at[0] is open_at[1]:
-        return Cut(open_at[0], number)
+        return Cut(open_at[0], number)  # 0 times 0 elsewhere
     where = functools.reduce(jnp.logical_and, open_at)
     return Cut(where, number if isinstance(number, float) else _where(where, number))
 

@@ -63,6 +63,11 @@ def experts(p):
     return jnp.mean((jnp.einsum("nk,nko->no", jax.nn.softmax(X @ p["gate"]), of_each) - 1) ** 2)
 
 
+def of_one_sum(p):
+    row = jnp.repeat(jax.nn.logsumexp(X @ p["w"], 1, keepdims=True), 2, 1)
+    return jnp.tanh(jnp.sin(row) @ p["t"]).sum()
+
+
 def after_a_norm(p):
     units = p["scale"] * jax.nn.standardize(jnp.tanh(X @ p["w"])) + p["shift"]
     return jax.nn.softplus(units @ p["head"]).mean()
@@ -466,6 +471,7 @@ LINES = {
     "What shares a reduction, weighted by a vector that is trained too": [
         (mixture, {"weights": x[:3], "means": A[:1, :3]}),
         (lambda p: jnp.tanh(jax.nn.softmax(X @ p["w"]) @ p["t"]).sum(), {"w": B, "t": B[0]}),
+        (of_one_sum, {"w": B, "t": B[0]}),
         (experts, {"gate": B, "experts": normal(22, 4, 2, 3)}),
         (after_a_norm, {"w": A, "scale": x[None], "shift": A[:1], "head": A[:, :1]}),
         (lambda p: jnp.sum((jax.nn.standardize(X @ p["w"]) @ p["v"] - 1) ** 2), {"w": A, "v": x}),

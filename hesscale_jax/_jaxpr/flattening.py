@@ -479,8 +479,8 @@ class _Builder:
         """Take note of results whose entries share what a reduction added up."""
         moving = [v for v in eqn.inputs if isinstance(v, Value) and v in self._moving]
         sums = [v in self._sums for v in moving]
-        spread = any(size(y.sizes) > size(moving[0].sizes) for y in eqn.outputs)
-        if eqn.name in REDUCTIONS or (eqn.name in ENTRYWISE and all(sums) and not spread):
+        repeated = any(size(y.sizes) > size(moving[0].sizes) for y in eqn.outputs)
+        if eqn.name in REDUCTIONS or (eqn.name in ENTRYWISE and all(sums) and not repeated):
             self._sums.update(eqn.outputs)
         elif eqn.name in ENTRYWISE and (any(sums) or not self._sharing.isdisjoint(moving)):
             self._sharing.update(eqn.outputs)
