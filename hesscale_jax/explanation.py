@@ -288,7 +288,8 @@ class _Explanation:
             yield from (name for name, at in (("model", False), ("head", True)) if at in inside)
         if any(eqn.region is not None for eqn in unit.equations):
             yield "checkpoint"
-        if unit.block is not None and unit.block.cut:
+        images_cut = not self._images.cut.isdisjoint((unit.block, *unit.equations))
+        if images_cut or (unit.block is not None and unit.block.cut):
             yield "cut short"
 
     def _bodies(self, eqn: Equation) -> Iterator[Report]:

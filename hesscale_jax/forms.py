@@ -602,6 +602,12 @@ def _runs_along(index: "Factor | int", dim: int, size: int) -> bool:
     return index.shape[dim] == size and np.array_equal(index.static.ravel(), np.arange(size))
 
 
+def _axis_of(index: Factor, rank: int, size: int) -> int | None:
+    """The axis of a value that an axis of the source of this size is the same as, if it is one."""
+    along = [dim for dim in range(rank) if index.shape[dim] != 1]
+    return along[0] if len(along) == 1 and _runs_along(index, along[0], size) else None
+
+
 def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     """The sum over some axes of a product."""
     shape = list(np.broadcast_shapes(*(f.shape for f in factors)))
@@ -651,13 +657,19 @@ def _product(
 
     An array's axes have labels; along an axis of size 1 it is the same everywhere.
     """
-    arguments: list[Any] = []
-    present: set[int] = set()
+    by_axes: dict[tuple[int, ...], Any] = {}
     for x, labels in _folded(operands, kept):
-        there = [i for i, n in zip(labels, x.shape, strict=True) if n != 1]
-        arguments += [x.reshape([n for n in x.shape if n != 1]), there]
-        present.update(there)
-    kept = [i for i in kept if i in present]
+        there = tuple(i for i, n in zip(labels, x.shape, strict=True) if n != 1)
+        x = x.reshape([n for n in x.shape if n != 1])
+        # Of the same axes in any order, they are multiplied first: the search for the best order
+        # of contractions takes two of them for one.
+        alike = [o for o in by_axes if sorted(o) == sorted(there) and len(set(o)) == len(o)]
+        order = alike[0] if alike else there
+        if order in by_axes:
+            x = by_axes[order] * (x.transpose([there.index(i) for i in order]) if alike else x)
+        by_axes[order] = x
+    kept = [i for i in kept if any(i in axes for axes in by_axes)]
+    arguments = itertools.chain(*((x, axes) for axes, x in by_axes.items()))
     y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST)
     return y.reshape(shape)
 
@@ -1043,7 +1055,7 @@ def _sum_over_source(
     over: Sequence[int],
 ) -> Any:
     rank = len(shape)
-    of_source = range(rank, rank + spread.ndim)
+    of_source = list(range(rank, rank + spread.ndim))
     masks: list[Factor] = []
     gathered: dict[int, Factor] = {}
     for axis, (i, j) in enumerate(zip(a.at, b.at, strict=True)):
@@ -1052,7 +1064,11 @@ def _sum_over_source(
         if isinstance(i, int) or isinstance(j, int):
             index = j if isinstance(i, int) else i
             assert isinstance(index, Factor)
-            masks.append(_one_hot(index, axis, spread.ndim, spread.shape[axis]))
+            along = _axis_of(index, rank, spread.shape[axis])
+            if along is not None and along not in of_source:
+                of_source[axis] = along  # What is summed over in one is this axis in the other.
+            else:
+                masks.append(_one_hot(index, axis, spread.ndim, spread.shape[axis]))
             continue
         gathered[axis] = i
         if not i.same(j):
@@ -1076,7 +1092,8 @@ def _sum_over_source(
     for mask in masks:
         operands.append((read.numbers(mask), range(rank + spread.ndim)))
     places = tuple(gathered.items())
-    at = read.once((id(spread), places, rank), _at, spread, gathered, rank, of_source, read)
+    key = id(spread), places, *of_source
+    at = read.once(key, _at, spread, gathered, rank, of_source, read)
     operands.append(at)
     sizes = [1] * rank
     for x, at in operands:
@@ -1140,10 +1157,9 @@ def _at(
     labels = list(of_source)
     taken = {}
     for axis, i in index.items():
-        along = [d for d in range(rank) if i.shape[d] != 1]
-        free = len(along) == 1 and along[0] not in labels
-        if free and _runs_along(i, along[0], spread.shape[axis]):
-            labels[axis] = along[0]
+        along = _axis_of(i, rank, spread.shape[axis])
+        if along is not None and along not in labels:
+            labels[axis] = along
         else:
             taken[axis] = i
     if not taken:

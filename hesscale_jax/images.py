@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from hesscale_jax.forms import (
     TooLarge,
     are_apart,
     combined,
+    covariance,
     gated,
     identity,
     known,
@@ -42,10 +43,12 @@ from hesscale_jax.forms import (
     placed,
     side_by_side,
     together,
+    variance,
 )
+from hesscale_jax.moments import Moments
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
-from hesscale_jax.rules.multilinear import Multilinear, product_frame
+from hesscale_jax.rules.multilinear import Multilinear, met, product_frame
 from hesscale_jax.rules.selection import Selection, extremum
 
 __all__ = ["Images", "Part", "images_of"]
@@ -75,6 +78,16 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 # In a program of more equations than SHORT, the covariances of terms take about MOST_ADDED more, or
 # ADDED_PER_EQUATION for each of its own, whichever is more.
 SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 600, 7
+
+# What covariances take, beyond what is always taken: this many times the program's multiplications,
+# and arrays this many times as large as its largest.
+MOST_MULTIPLIED, MOST_LARGER = 16, 4
+
+# What they may always take.
+ALWAYS = _jaxpr.Work(2**24, 2**22)
+
+# Of fewer pairs of an entry and one of a source, that is not looked at.
+FEW_PAIRS = 2**20
 
 # Selections that yield the same entries at the same positions.
 SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
@@ -150,6 +163,7 @@ class Images:
       blocks: For each block in which images of one source meet, the forms of what it reads, in its
         frame, where spreads do not do.
       products: For each product of two images of one source, the forms of its factors.
+      cut: The blocks and products whose images are left out, as they would take too much.
       needs: The equations at which forms are used, with what they need.
     """
 
@@ -180,6 +194,8 @@ class Images:
         # The values each entry of which depends on one entry of each leaf, the same for all.
         self._separate = set(self._leaves)
         self.products: dict[Equation, tuple[Form, Form]] = {}
+        self.cut: set[Block | Equation] = set()
+        self._multiplications = 0  # those that covariances take
         self._home: dict[Value, Block] = {}  # the block that makes a value
         self._taken_from: dict[Value, Value] = {}  # selections and sums of a value
         for number, eqn in enumerate(steps.rules):
@@ -274,10 +290,12 @@ class Images:
             return {}
         try:
             forms = {v: self.of(v).reshaped(block.view(block.spans[v])) for v in values}
-            any_weight = Factor(block.frame, frozenset(), lambda read: None)
-            for form in forms.values():
-                if set(form.of) - set(values):
-                    form.times(any_weight).summed(block.reduced)
+            any_weight = Factor(block.frame, frozenset(), lambda read: jnp.ones(block.frame))
+            added_up = {
+                v: form.times(any_weight).summed(block.reduced)
+                for v, form in forms.items()
+                if set(form.of) - set(values)
+            }
         except TooLarge:
             return {}
         dims = block.reduced
@@ -285,7 +303,10 @@ class Images:
         for a, b in itertools.combinations(values, 2):
             if not {a, b} <= met and _meet(forms[a], forms[b], dims):
                 met |= {a, b}
-        return {v: forms[v] for v in values if v in met}
+        found = {v: forms[v] for v in values if v in met}
+        taken = [*found.values()], [form for v, form in added_up.items() if v in met and dims]
+        affordable = self._afford(block, found.values(), functools.partial(_covaried, taken))
+        return found if affordable else {}
 
     def _meets_itself(self, value: Value, form: Form, block: Block) -> bool:
         """Whether the spreads of a value's entries do not say how they vary within the block."""
@@ -304,6 +325,56 @@ class Images:
             ):
                 return True
         return False
+
+    def _afford(
+        self,
+        place: Block | Equation,
+        forms: Collection[Form],
+        covariances: Callable[..., Any],
+        reads: Iterable[Any] = (),
+    ) -> bool:
+        """Whether covariances cost little beside the program. If so they are taken, else cut.
+
+        Args:
+          place: Where images meet.
+          forms: Their forms.
+          covariances: Computes them from a function that gives sources' spreads, and a reader.
+          reads: Whose primals it reads, beside those that the forms do.
+        """
+        needs = Needs({v for v in reads if isinstance(v, Value)}, set())
+        for form in forms:
+            needs.take(form)
+        pairs = (math.prod((*form.shape, *x.shape)) for form in forms for x in form.of)
+        if sum(pairs) <= FEW_PAIRS:
+            return True
+        values, sources = list(needs.values), list(needs.sources)
+
+        def compute(primals: Sequence[Any], spreads: Sequence[Any]) -> Any:
+            primal = dict(zip(values, primals, strict=True)).__getitem__
+            reader = Reader(primal, jnp.float32, lambda *dtypes: jnp.float32)
+            spread_of = dict(zip(sources, spreads, strict=True)).__getitem__
+
+            def vary(source: Any) -> Any:
+                if isinstance(source, Part):
+                    return variance(source.form, vary, reader)
+                return spread_of(source)
+
+            return covariances(vary, reader)
+
+        spreads = [v.aval.update(dtype=jnp.dtype(jnp.float32)) for v in sources]
+        traced = _jaxpr.trace(compute, [v.aval for v in values], spreads)
+        taken, program = _jaxpr.work(traced.jaxpr.eqns), self._work
+        count = self._multiplications + taken.multiplications
+        most = max(ALWAYS.multiplications, MOST_MULTIPLIED * program.multiplications)
+        if count > most or taken.largest > max(ALWAYS.largest, MOST_LARGER * program.largest):
+            self.cut.add(place)
+            return False
+        self._multiplications = count
+        return True
+
+    @functools.cached_property
+    def _work(self) -> _jaxpr.Work:
+        return _jaxpr.work(self._steps.rules)
 
     def _active(self, eqn: Equation) -> list[Value]:
         return [v for v in eqn.inputs if v in self._steps.active]
@@ -462,6 +533,8 @@ class Images:
         same = len({self._taken_from.get(v, v) for v in eqn.inputs}) == 1
         last = eqn.outputs[0] in self.last
         meets = len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted)
+        multiplied = functools.partial(_multiplied, eqn, full)
+        meets = meets and self._afford(eqn, full.values(), multiplied, eqn.inputs)
         if meets:
             self.products[eqn] = full[0], full[1]
         shape = tuple(eqn.outputs[0].shape)
@@ -545,6 +618,28 @@ def _equations_of(s: Term, t: Term) -> int:
         else:
             count += (0 if i.same(j) else 2) + (2 if i.static is None else 0)
     return count
+
+
+def _covaried(
+    groups: Iterable[Sequence[Form]], vary: Callable[[Any], Any], reader: Reader
+) -> list[Any]:
+    """The covariances of the forms of each group."""
+    return [
+        covariance(a.of[x], b.of[x], vary(x), a.shape, reader)
+        for forms in groups
+        for a, b in itertools.combinations_with_replacement(forms, 2)
+        for x in a.of.keys() & b.of.keys()
+    ]
+
+
+def _multiplied(
+    eqn: Equation, forms: Mapping[int, Form], vary: Callable[[Any], Any], reader: Reader
+) -> list[Any]:
+    """The moments of a product of two images of one source, but for its primal."""
+    (y,) = eqn.outputs
+    result = Moments(jnp.zeros(y.shape, y.dtype))
+    _, *moments = met(eqn, result, (forms[0], forms[1]), vary, lambda dtype: reader, True)
+    return moments
 
 
 def _meet(a: Form, b: Form, dims: Sequence[int]) -> bool:

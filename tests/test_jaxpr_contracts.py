@@ -16,6 +16,8 @@ from jax.sharding import AxisType, PartitionSpec
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Value, flatten, trace
 
+CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
+
 
 def names(fun, *args):
     return [eqn.name for eqn in flatten(trace(fun, *args)).equations]
@@ -444,3 +446,20 @@ def test_equations_run_in_float32_in_place_of_half_precision():
     assert (total.dtype, added.dtype, bits.dtype) == ("float32", "float32", "uint16")
     assert total == 6 * (3 * 300.0**2 + 300)  # beyond float16
     assert jnp.array_equal(added, x.astype("float32").at[1].set(0))
+
+
+def test_what_a_program_takes_is_counted():
+    def taken(fun, *args):
+        traced = trace(fun, *args)
+        of_program = _jaxpr.work(flatten(traced).equations)
+        assert of_program == _jaxpr.work(traced.jaxpr.eqns)
+        return of_program
+
+    def convolved(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
+
+    image, kernel, x, w = (jnp.ones(s) for s in ((1, 8, 8, 3), (3, 3, 3, 5), (2, 3), (3, 3)))
+    assert taken(jnp.dot, x, w) == (2 * 3 * 3, 6)
+    assert taken(convolved, image, kernel) == (8 * 8 * 5 * 27, 320)
+    assert taken(lambda x, w: lax.fori_loop(0, 600, lambda i, y: y @ w, x), x, w) == (600 * 19, 6)
+    assert taken(jax.jit(jnp.sin), w) == (9, 9)

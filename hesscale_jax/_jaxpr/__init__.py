@@ -67,6 +67,7 @@ from hesscale_jax._jaxpr.sources import (
     location,
     user_frame,
 )
+from hesscale_jax._jaxpr.work import Work, work
 
 __all__ = [
     "CALLS",
@@ -81,6 +82,7 @@ __all__ = [
     "Program",
     "Region",
     "Value",
+    "Work",
     "add",
     "along",
     "at_once",
@@ -131,5 +133,6 @@ __all__ = [
     "with_constants",
     "without_dead_code",
     "without_state",
+    "work",
     "zero_outputs",
 ]
