@@ -32,6 +32,7 @@ from jax import lax
 from hesscale_jax._jaxpr import Constant, Value, is_inexact
 
 __all__ = [
+    "Blank",
     "Factor",
     "Form",
     "Reader",
@@ -97,6 +98,17 @@ class Reader:
         return self._known[key][1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Blank(Reader):
+    """Reads zeros in place of all that a program computes: what that takes, it takes of zeros."""
+
+    def array(self, factor: "Factor") -> Any:
+        """A factor of zeros, or of such factors."""
+        if factor.static is None and not factor.made_of:
+            return self.once(factor, jnp.zeros, factor.shape, int)
+        return super().array(factor)
+
+
 class TooLarge(Exception):
     """A factor, or an index, with too many entries."""
 
@@ -116,6 +128,7 @@ class Factor:
         which that is known.
       safe: Whether it stays as it is behind a gate: what is known, or an operand of a product,
         by which JAX's gradient multiplies what the gate closes too.
+      made_of: The factors that it is computed from, if it is from these alone.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -127,6 +140,7 @@ class Factor:
     within: bool = False
     finite: bool = True
     safe: bool = False
+    made_of: "tuple[Factor, ...]" = ()
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -137,7 +151,7 @@ class Factor:
         def compute(read: Reader) -> Any:
             return function(read.array(self))
 
-        return Factor(tuple(shape), self.reads, compute, finite=self.finite, safe=self.safe)
+        return _made_of(shape, (self,), compute)
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
@@ -233,7 +247,8 @@ def _made_of(
 ) -> Factor:
     """A factor that is computed from others."""
     finite, safe = (all(getattr(f, name) for f in factors) for name in ("finite", "safe"))
-    return Factor(tuple(shape), _reads(factors), compute, finite=finite, safe=safe)
+    made = Factor(tuple(shape), _reads(factors), compute, finite=finite, safe=safe)
+    return dataclasses.replace(made, made_of=tuple(factors))
 
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:

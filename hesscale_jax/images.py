@@ -28,6 +28,7 @@ from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
 from hesscale_jax.blocks import Block, Plan, is_affine
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
+    Blank,
     Factor,
     Form,
     Reader,
@@ -330,8 +331,7 @@ class Images:
         self,
         place: Block | Equation,
         forms: Collection[Form],
-        covariances: Callable[..., Any],
-        reads: Iterable[Any] = (),
+        covariances: Callable[[Callable[[Any], Any], Reader], Any],
     ) -> bool:
         """Whether covariances cost little beside the program. If so they are taken, else cut.
 
@@ -339,30 +339,22 @@ class Images:
           place: Where images meet.
           forms: Their forms.
           covariances: Computes them from a function that gives sources' spreads, and a reader.
-          reads: Whose primals it reads, beside those that the forms do.
         """
-        needs = Needs({v for v in reads if isinstance(v, Value)}, set())
-        for form in forms:
-            needs.take(form)
         pairs = (math.prod((*form.shape, *x.shape)) for form in forms for x in form.of)
         if sum(pairs) <= FEW_PAIRS:
             return True
-        values, sources = list(needs.values), list(needs.sources)
 
-        def compute(primals: Sequence[Any], spreads: Sequence[Any]) -> Any:
-            primal = dict(zip(values, primals, strict=True)).__getitem__
-            reader = Reader(primal, jnp.float32, lambda *dtypes: jnp.float32)
-            spread_of = dict(zip(sources, spreads, strict=True)).__getitem__
+        def compute() -> Any:
+            reader = Blank(_zeros, jnp.float32, lambda *dtypes: jnp.float32)
 
             def vary(source: Any) -> Any:
                 if isinstance(source, Part):
                     return variance(source.form, vary, reader)
-                return spread_of(source)
+                return reader.once(source, jnp.zeros, source.shape, reader.dtype)
 
             return covariances(vary, reader)
 
-        spreads = [v.aval.update(dtype=jnp.dtype(jnp.float32)) for v in sources]
-        traced = _jaxpr.trace(compute, [v.aval for v in values], spreads)
+        traced = _jaxpr.trace(compute)
         taken, program = _jaxpr.work(traced.jaxpr.eqns), self._work
         count = self._multiplications + taken.multiplications
         most = max(ALWAYS.multiplications, MOST_MULTIPLIED * program.multiplications)
@@ -534,7 +526,7 @@ class Images:
         last = eqn.outputs[0] in self.last
         meets = len(active) == 2 and (same or last) and _meet(full[0], full[1], contracted)
         multiplied = functools.partial(_multiplied, eqn, full)
-        meets = meets and self._afford(eqn, full.values(), multiplied, eqn.inputs)
+        meets = meets and self._afford(eqn, full.values(), multiplied)
         if meets:
             self.products[eqn] = full[0], full[1]
         shape = tuple(eqn.outputs[0].shape)
@@ -618,6 +610,10 @@ def _equations_of(s: Term, t: Term) -> int:
         else:
             count += (0 if i.same(j) else 2) + (2 if i.static is None else 0)
     return count
+
+
+def _zeros(value: Value) -> Any:
+    return jnp.zeros(value.shape, value.dtype)
 
 
 def _covaried(
