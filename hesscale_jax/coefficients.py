@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax.rules.derivatives import Coefficient
@@ -56,7 +55,7 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     if len(open_at) == 2 and open_at[0] is open_at[1]:
         return Cut(open_at[0], number)  # 0 times 0 elsewhere
     where = functools.reduce(jnp.logical_and, open_at)
-    return Cut(where, number if isinstance(number, float) else _where(where, number))
+    return Cut(where, number if isinstance(number, float) else _jaxpr.only_where(where, number))
 
 
 def scaled(coefficient: Coefficient, x: Any) -> Any:
@@ -64,15 +63,8 @@ def scaled(coefficient: Coefficient, x: Any) -> Any:
     if coefficient is None or x is None:
         return None
     if isinstance(coefficient, Cut):
-        return _where(coefficient.where, times(coefficient.number, x))
+        return _jaxpr.only_where(coefficient.where, times(coefficient.number, x))
     return times(coefficient, x)
-
-
-def _where(where: Any, x: Any) -> Any:
-    """``x`` where it says so, else 0: ``jnp.where`` traces a call."""
-    shape = lax.broadcast_shapes(where.shape, x.shape)
-    where, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (where, x))
-    return lax.select(where, x, lax.full_like(x, 0))
 
 
 def quadratic(d: Coefficient, x: Any, y: Any = None) -> Any:

@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Value, is_inexact
 
 __all__ = [
@@ -190,7 +192,7 @@ class Factor:
 
         def mask(x: Any, *gates: Any) -> Any:
             open_ = functools.reduce(operator.and_, (g.astype(bool) for g in gates))
-            return _select(open_, x)
+            return _jaxpr.only_where(open_, jnp.asarray(x))
 
         return combined(mask, self.shape, self, *gates)
 
@@ -262,18 +264,6 @@ def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
         return _scaled(of_a, read.numbers(x)) + _scaled(of_b, read.numbers(y))
 
     return _made_of(x.shape, (x, y), add).reshaped(a.shape)
-
-
-def _entries(x: Any, at: Sequence[Any]) -> Any:
-    """At positions along the first axes, none of which is out of bounds."""
-    at = tuple(map(jnp.asarray, at))
-    return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _select(open_: Any, x: Any) -> Any:
-    """``x`` where a gate is open, else 0."""
-    x = jnp.asarray(x)
-    return lax.select(jnp.broadcast_to(open_, x.shape), x, lax.full_like(x, 0))
 
 
 def _scaled(c: float, x: Any) -> Any:
@@ -685,8 +675,24 @@ def _product(
         by_axes[order] = x
     kept = [i for i in kept if any(i in axes for axes in by_axes)]
     arguments = itertools.chain(*((x, axes) for axes, x in by_axes.items()))
-    y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST)
+    where = _where_it_lies(by_axes, kept)
+    y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST, out_sharding=where)
     return y.reshape(shape)
+
+
+def _where_it_lies(by_axes: dict[tuple[int, ...], Any], kept: Sequence[int]) -> Any:
+    """Along its axes as its factors do, on a mesh of explicit axes, each axis of it once."""
+    where: dict[int, Any] = {}
+    mesh = None
+    for axes, x in by_axes.items():
+        sharding = jax.typeof(x).sharding
+        for i, names in zip(axes, sharding.spec, strict=False):
+            if names is None:
+                continue
+            mesh = sharding.mesh
+            if i in kept and names not in where.values():
+                where.setdefault(i, names)
+    return mesh and NamedSharding(mesh, PartitionSpec(*map(where.get, kept)))
 
 
 # Forms
@@ -801,7 +807,7 @@ class Form:
                 return at[0].mapped(lambda i: i.astype(int), lead).widened(len(after))
 
             def take(x: Any, *at: Any) -> Any:
-                return _entries(jnp.asarray(x), at)
+                return _jaxpr.entries(jnp.asarray(x), at)
 
             return combined(take, sizes, f, *at)
 
@@ -1047,8 +1053,7 @@ def _behind(x: Any, gates: frozenset[Factor], read: Reader) -> Any:
     if not gates:
         return x
     open_ = read.once(gates, _all_open, gates, read)
-    shape = np.broadcast_shapes(open_.shape, x.shape)
-    return _select(open_, jnp.broadcast_to(x, shape))
+    return _jaxpr.only_where(open_, x)
 
 
 def _all_open(gates: frozenset[Factor], read: Reader) -> Any:
@@ -1183,5 +1188,5 @@ def _at(
     rest = [axis for axis in range(spread.ndim) if axis not in taken]
     rows = jnp.transpose(spread, [*taken, *rest])
     indices = (i.reshaped([i.shape[d] for d in dims]) for i in taken.values())
-    y = _entries(rows, list(map(read.array, indices)))
+    y = _jaxpr.entries(rows, list(map(read.array, indices)))
     return y, [*dims, *(labels[axis] for axis in rest)]

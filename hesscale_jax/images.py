@@ -1089,13 +1089,13 @@ def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | No
 
 def _kept(eqn: Equation) -> Factor:
     """One where nothing is written to, else zero."""
-    ones, *rest = (np.ones(v.shape, v.dtype) if is_inexact(v) else None for v in eqn.inputs)
+    x, *rest = eqn.inputs[0], *(v if is_inexact(v) else None for v in eqn.inputs[1:])
     indices = [of_atom(v) for v, number in zip(eqn.inputs[1:], rest, strict=True) if number is None]
 
     def kept(*indices: Any) -> Any:
         given = iter(indices)
-        others = [next(given) if n is None else jnp.zeros_like(n) for n in rest]
-        return _jaxpr.bind(eqn, ones, *others)
+        others = [next(given) if v is None else jnp.zeros(v.shape, v.dtype) for v in rest]
+        return _jaxpr.bind(eqn, jnp.ones(x.shape, x.dtype), *others)
 
     return combined(kept, _shape(eqn), *indices)
 

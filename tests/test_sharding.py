@@ -92,6 +92,28 @@ def test_explicit_tensor_parallelism(curvature):
     assert_close(received, on_one_device(curvature))
 
 
+SQUARE, COLUMN = normal(DEVICES, DEVICES, seed=4) / 3, normal(DEVICES, 1, seed=6)
+MEETING = {  # images of one value, of weights or examples that lie on different devices
+    "batch norm": lambda w, x: jnp.var(jnp.tanh(nn.standardize(x @ w, 0)) @ COLUMN),
+    "added up": lambda w, x: jnp.tanh((jnp.sin(x @ w) * (x @ SQUARE)).sum(0)).sum(),
+    "reversed": lambda w, x: jnp.sum(jnp.sin(x @ w) * (x @ w)[::-1]),
+    "layer norm": lambda w, x: nn.softplus(nn.standardize(SQUARE @ w) @ w[:, :1]).mean(),
+    "repeated": lambda w, x: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(16.0)[:, None]).sum(),
+}
+
+
+@pytest.mark.parametrize("layout", [(P(), P("devices")), (P("devices"), P())], ids=["x", "w"])
+@pytest.mark.parametrize("program", MEETING)
+def test_images_that_meet_on_explicit_axes(program, layout):
+    fun, (w, x) = MEETING[program], (normal(DEVICES, DEVICES, seed=5), normal(BATCH, DEVICES))
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = (
+            jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip((w, x), layout, strict=True)
+        )
+        received = jax.jit(hs.value_and_hesscale(fun))(*args)
+    assert_close(received, jax.jit(hs.value_and_hesscale(fun))(w, x))
+
+
 def collectives(fun, args):
     text = jax.jit(fun).lower(*args).compile().as_text()
     return {

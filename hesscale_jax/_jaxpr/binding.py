@@ -162,6 +162,29 @@ def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
     return bind(a, b) if a.dtype == b.dtype else operation(a, b)
 
 
+def only_where(open_: Any, x: Any) -> Any:
+    """``x`` where it is open, else 0: ``jnp.where`` traces a call."""
+    shape = np.broadcast_shapes(open_.shape, x.shape)
+    open_, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (open_, x))
+    one, other = (jax.typeof(y).sharding for y in (open_, x))
+    if one.spec != other.spec:  # They lie on a mesh of explicit axes.
+        open_ = jax.sharding.reshard(open_, other) if any(other.spec) else open_
+        x = x if any(other.spec) else jax.sharding.reshard(x, one)
+    return lax.select(open_, x, lax.full_like(x, 0))
+
+
+def entries(x: Any, at: Sequence[Any], axis: int = 0) -> Any:
+    """At positions along some axes from one on, none of which is out of bounds."""
+    at = tuple(map(jnp.asarray, at))
+    sharding, where = jax.typeof(x).sharding, None
+    if any(sharding.spec):
+        spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+        spec[axis : axis + len(at)] = [None] * max(i.ndim for i in at)
+        where = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    indexed = x.at[(*(slice(None),) * axis, *at)]
+    return indexed.get(mode="promise_in_bounds", wrap_negative_indices=False, out_sharding=where)
+
+
 def run(eqn: Equation, *operands: Any) -> list[Any]:
     """What the equation computes, from operands that no derivative flows through."""
     with at_once() if eqn.sources[0].effects else contextlib.nullcontext():

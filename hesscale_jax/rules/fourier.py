@@ -52,7 +52,7 @@ def _sums(eqn: Equation, added: Any, subtracted: Any) -> tuple[Any, Any]:
     plain = jnp.broadcast_to(jnp.sum(added, axes, keepdims=True), shape)
     doubled = jnp.fft.fftn(subtracted, lengths, axes).real
     for axis, n in zip(axes, lengths, strict=True):
-        doubled = jnp.take(doubled, 2 * np.arange(shape[axis]) % n, axis)
+        doubled = _jaxpr.entries(doubled, [2 * np.arange(shape[axis]) % n], axis)
     wide = spread_dtype(eqn.outputs[0].dtype)
     return lax.convert_element_type(plain, wide), lax.convert_element_type(doubled, wide)
 
