@@ -77,13 +77,13 @@ class Reader:
     def __call__(self, atom: Value | Constant) -> Any:
         """The primal of a value, or a constant."""
         x = atom.value if isinstance(atom, Constant) else self.primal(atom)
-        return self.number(x) if _is_number(x) else jnp.asarray(x)
+        return self.number(x) if _is_number(x) else jnp.asarray(_jaxpr.on_mesh(x))
 
     def number(self, x: Any) -> Any:
         """An array of numbers, or of truth values as zeros and ones, in the dtype."""
         if isinstance(x, np.ndarray) and x.size <= MOST_KNOWN:
             return x.astype(self.dtype)
-        return lax.convert_element_type(x, self.dtype)
+        return lax.convert_element_type(_jaxpr.on_mesh(x), self.dtype)
 
     def array(self, factor: "Factor") -> Any:
         """A factor, computed once."""

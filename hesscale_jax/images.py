@@ -689,7 +689,19 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
         return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
 
     is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    return Factor(tuple(y.shape), reads, slope, finite=is_finite, safe=eqn.name in BOUNDED)
+    compute = _at_home(eqn, slope)
+    return Factor(tuple(y.shape), reads, compute, finite=is_finite, safe=eqn.name in BOUNDED)
+
+
+def _at_home(eqn: Equation, compute: Callable[[Reader], Any]) -> Callable[[Reader], Any]:
+    """What an equation is needed for, computed on its mesh, on that of the context."""
+
+    def compute_there(read: Reader) -> Any:
+        with _jaxpr.at_mesh_of(eqn.outputs[0].aval):
+            x = compute(read)
+        return _jaxpr.on_mesh(x)
+
+    return compute_there
 
 
 def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
@@ -705,7 +717,7 @@ def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
         return read.number(along)
 
     reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
-    return Factor(tuple(eqn.outputs[k].shape), reads, slope)
+    return Factor(tuple(eqn.outputs[k].shape), reads, _at_home(eqn, slope))
 
 
 def _is_linear(eqn: Equation, active: Sequence[int]) -> bool:
@@ -788,7 +800,7 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
         return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
 
     reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
-    return Factor((m, n), reads, matrix, safe=True)
+    return Factor((m, n), reads, _at_home(eqn, matrix), safe=True)
 
 
 def _run(eqn: Equation, *operands: Any) -> list[Any]:

@@ -241,11 +241,12 @@ class _Walk:
 
     def _reader_in(self, dtype: Any) -> Reader:
         """What factors of forms are computed from, in a dtype: once for all that read them."""
-        if dtype not in self._computing:
+        key = dtype, jax.sharding.get_abstract_mesh()
+        if key not in self._computing:
             rule = self.rules.get("dot_general")
             products = rule if isinstance(rule, Multilinear) else multilinear
-            self._computing[dtype] = Reader(self._primal, dtype, products.within)
-        return self._computing[dtype]
+            self._computing[key] = Reader(self._primal, dtype, products.within)
+        return self._computing[key]
 
     def _primal(self, value: Value) -> Any:
         return self._moments[value].primal
@@ -260,7 +261,8 @@ class _Walk:
     def _collapsed(self, atom: Value | Constant) -> Moments:
         """With the spread with which the value leaves its block."""
         if isinstance(atom, Value) and atom in self._made_in:
-            spread = self._made_in.pop(atom).spread(atom)
+            with _jaxpr.at_mesh_of(atom.aval):
+                spread = self._made_in.pop(atom).spread(atom)
             if spread is not None and atom in self._constrained:
                 spread = _jaxpr.bind(self._constrained[atom], spread)
             self._moments[atom] = self._moments[atom]._replace(spread=spread)

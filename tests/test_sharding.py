@@ -9,7 +9,7 @@ import optax
 import pytest
 from cases import assert_close, normal, normalised
 from jax import lax, nn
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 import hesscale_jax as hs
@@ -112,6 +112,39 @@ def test_images_that_meet_on_explicit_axes(program, layout):
         )
         received = jax.jit(hs.value_and_hesscale(fun))(*args)
     assert_close(received, jax.jit(hs.value_and_hesscale(fun))(w, x))
+
+
+ROWS = np.arange(BATCH) % DEVICES
+AUTOMATIC = {  # where the compiler may choose, given what makes it so or not
+    "all": lambda auto, w, x: auto(lambda w, x: jnp.tanh(x @ w).sum(), P())(w, x),
+    "softmax": lambda auto, w, x: auto(nn.softmax, P("devices"))(x @ w).std(),
+    "custom rules": lambda auto, w, x: auto(lambda z: nn.relu(z) + nn.gelu(z), P())(x @ w).var(),
+    "beside": lambda auto, w, x: jnp.sin((x @ w) * auto(jnp.exp, P("devices"))(x @ w)).sum(),
+    "loop": lambda auto, w, x: auto(
+        lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x), P()
+    )(w, x).sum(),
+    "repeat": lambda auto, w, x: jnp.sin(jnp.repeat(x @ w, 2, axis=1)).sum(),
+    "rows": lambda auto, w, x: jnp.sin(auto(lambda w: w[ROWS], P("devices"))(w) * x).sum(),
+    "einsum": lambda auto, w, x: jnp.sin(
+        auto(lambda w, x: jnp.einsum("bi,ij,jk->ik", x, SQUARE, w), P())(w, x)
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("program", AUTOMATIC)
+def test_auto_axes_on_a_mesh_of_explicit_ones(program):
+    fun, (w, x) = AUTOMATIC[program], (normal(DEVICES, DEVICES, seed=5), normal(BATCH, DEVICES))
+
+    def transformed(automatic):
+        return jax.jit(hs.value_and_hesscale(lambda w, x: fun(automatic, w, x)))
+
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = (
+            jax.device_put(w, NamedSharding(mesh, P())),
+            jax.device_put(x, NamedSharding(mesh, P("devices"))),
+        )
+        received = transformed(lambda f, spec: auto_axes(f, out_sharding=spec))(*args)
+    assert_close(received, transformed(lambda f, spec: f)(w, x))
 
 
 def collectives(fun, args):

@@ -8,6 +8,7 @@ made here is pinned by one test in ``tests/test_jaxpr_contracts.py``.
 
 from hesscale_jax._jaxpr.binding import (
     add,
+    at_mesh_of,
     at_once,
     bind,
     entries,
@@ -16,6 +17,7 @@ from hesscale_jax._jaxpr.binding import (
     is_on_one_cpu,
     listed,
     multiply,
+    on_mesh,
     only_where,
     run,
     run_widely,
@@ -87,6 +89,7 @@ __all__ = [
     "Work",
     "add",
     "along",
+    "at_mesh_of",
     "at_once",
     "bind",
     "body",
@@ -116,6 +119,7 @@ __all__ = [
     "multiply",
     "number",
     "of_values",
+    "on_mesh",
     "only_where",
     "passes_entrywise",
     "pure",

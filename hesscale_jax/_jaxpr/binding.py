@@ -17,6 +17,7 @@ from jax._src.interpreters import partial_eval
 from jax._src.state.types import RefEffect
 from jax.extend import core
 from jax.extend.core import primitives
+from jax.sharding import PartitionSpec as P
 
 from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value, is_inexact
 from hesscale_jax._jaxpr.sources import context
@@ -24,13 +25,17 @@ from hesscale_jax._manual import varying, varying_axes
 
 __all__ = [
     "add",
+    "at_mesh_of",
     "at_once",
     "bind",
+    "entries",
     "evaluate",
     "is_on_cpu",
     "is_on_one_cpu",
     "listed",
     "multiply",
+    "on_mesh",
+    "only_where",
     "run",
     "run_widely",
     "shard_mapped",
@@ -51,7 +56,9 @@ def trace(fun: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
     types = [x for x in jax.tree.leaves(args) if not isinstance(x, jax.core.Tracer)]
     mesh = next((x.sharding.mesh for x in types if varying_axes(x)), None)
     if mesh is None:
-        return jax.make_jaxpr(fun)(*args)
+        avals = (x for x in types if isinstance(x, jax_core.ShapedArray))
+        with at_mesh_of(next(avals, None)):
+            return jax.make_jaxpr(fun)(*args)
     found = list[core.ClosedJaxpr]()
 
     def on_device() -> None:
@@ -162,6 +169,24 @@ def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
     return bind(a, b) if a.dtype == b.dtype else operation(a, b)
 
 
+def on_mesh(x: Any) -> Any:
+    """``x`` on the mesh of the context, where it lies on one of other explicit axes."""
+    return jax.sharding.reshard(x, P()) if _other_mesh(jax.typeof(x)) else x
+
+
+def at_mesh_of(aval: Any) -> contextlib.AbstractContextManager[Any]:
+    """The context of the mesh where a value of this type lies, if it is not that of this one."""
+    mesh = _other_mesh(aval)
+    return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def _other_mesh(aval: Any) -> Any:
+    """The mesh where a value lies, if that of the context is another; within ``auto_axes``."""
+    here, there = jax.sharding.get_abstract_mesh(), getattr(aval, "sharding", None)
+    known = not (here.empty or there is None or there.mesh.empty)
+    return there.mesh if there is not None and known and there.mesh != here else None
+
+
 def only_where(open_: Any, x: Any) -> Any:
     """``x`` where it is open, else 0: ``jnp.where`` traces a call."""
     shape = np.broadcast_shapes(open_.shape, x.shape)
@@ -180,7 +205,7 @@ def entries(x: Any, at: Sequence[Any], axis: int = 0) -> Any:
     if any(sharding.spec):
         spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
         spec[axis : axis + len(at)] = [None] * max(i.ndim for i in at)
-        where = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+        where = sharding.update(spec=P(*spec))
     indexed = x.at[(*(slice(None),) * axis, *at)]
     return indexed.get(mode="promise_in_bounds", wrap_negative_indices=False, out_sharding=where)
 
