@@ -189,7 +189,7 @@ def _other_mesh(aval: Any) -> Any:
 
 def only_where(open_: Any, x: Any) -> Any:
     """``x`` where it is open, else 0: ``jnp.where`` traces a call."""
-    shape = np.broadcast_shapes(open_.shape, x.shape)
+    shape = lax.broadcast_shapes(open_.shape, x.shape)
     open_, x = (y if y.shape == shape else jnp.broadcast_to(y, shape) for y in (open_, x))
     one, other = (jax.typeof(y).sharding for y in (open_, x))
     if one.spec != other.spec:  # They lie on a mesh of explicit axes.
