@@ -350,6 +350,25 @@ def test_linear_algebra_goes_where_grad_goes(name):
     assert np.any(diagonal != 0)
 
 
+def test_log_determinants_are_exact():
+    def loss(x):
+        sign, value = jnp.linalg.slogdet(x)
+        return jnp.sum(sign * value**3)
+
+    x = normal(2, 3, 3)
+    grad, diagonal = hs.hesscale(loss)(x)
+    hessian = jax.hessian(loss)(x).reshape(18, 18)
+    np.testing.assert_allclose(grad, jax.grad(loss)(x), rtol=1e-12)
+    np.testing.assert_allclose(diagonal.ravel(), jnp.diagonal(hessian), rtol=1e-9)
+
+
+@pytest.mark.parametrize("of_matrix", [lambda x: jnp.linalg.slogdet(x)[1], jnp.linalg.det])
+def test_determinants_of_large_matrices_take_few_times_their_memory(of_matrix):
+    """Second derivatives in each entry by themselves would be the square of a matrix's entries."""
+    traced = _jaxpr.trace(hs.hesscale(of_matrix), jnp.eye(128))
+    assert _jaxpr.work(traced.jaxpr.eqns).largest <= 16 * 128**2  # signs
+
+
 def test_equal_eigenvalues_have_the_gradient_of_jax():
     def loss(x):
         return jnp.sum(jnp.linalg.eigvalsh(x) ** 2)

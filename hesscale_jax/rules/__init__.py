@@ -31,6 +31,7 @@ from hesscale_jax.rules.custom_derivatives import (
 )
 from hesscale_jax.rules.dense_jacobian import dense, matrix_function, sampled
 from hesscale_jax.rules.derivatives import Pointwise, binary, linear, nested, unary
+from hesscale_jax.rules.determinant import log_determinant
 from hesscale_jax.rules.fourier import fourier
 from hesscale_jax.rules.incomplete_gamma import incomplete_gamma
 from hesscale_jax.rules.linear_solve import linear_solve, triangular_solve, tridiagonal_solve
@@ -145,6 +146,7 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         # Complex values, which are written out in their real and imaginary parts
         **{f"custom_jvp_call[{own(name)}]": nested for name in ANALYTIC},
         "custom_jvp_call[complex.fft]": fourier,
+        "custom_jvp_call[_slogdet_lu]": log_determinant,
         **{f"custom_jvp_call[{own(name)}]": matrix_function() for name in MATRIX},
         # Sums on a log scale
         "cumlogsumexp": cumlogsumexp,

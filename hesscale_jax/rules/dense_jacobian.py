@@ -26,6 +26,10 @@ __all__ = ["MAX_ENTRIES", "SAMPLES", "dense", "matrix_function", "sampled", "sig
 # where 16 signs took 1 ms and the gradient 0.1 ms.
 MAX_ENTRIES = 2**16
 
+# Of the second derivatives in each entry, one operand of so many entries squared is written out at
+# once, for each number of that Jacobian: 4096 entries, which takes 200 MB.
+MORE_OF_OPERAND = 2**8
+
 # The error of the diagonal through one Cholesky factor of 16 rows, relative to its size: 1.5 with
 # 4 signs, 0.8 with 16.
 SAMPLES = 16
@@ -97,7 +101,8 @@ def matrix_function(max_entries: int = MAX_ENTRIES, samples: int = SAMPLES) -> B
     Args:
       max_entries: The largest Jacobian in one operand that is written out, in numbers of all
         results together. That of one matrix of n by n has ``n**4``: by default, one of 16 rows
-        still is.
+        still is. Of an operand of m entries, ``m**2`` may be 256 times as many: by default, 4096
+        entries of a function of few results.
       samples: How many random signs are averaged over beyond that.
 
     Examples:
@@ -112,7 +117,9 @@ def matrix_function(max_entries: int = MAX_ENTRIES, samples: int = SAMPLES) -> B
 
     def choose(eqn: Equation, find: Find) -> Any:
         """By the dense Jacobian where it is small, else by random signs: `dense`, `sampled`."""
-        return dense if _entries(eqn) <= max_entries else rule
+        of_operand, of_jacobian = _entries(eqn)
+        fits = of_jacobian <= max_entries and of_operand**2 <= MORE_OF_OPERAND * max_entries
+        return dense if fits else rule
 
     return ByEquation(choose)
 
@@ -146,15 +153,16 @@ def varying(eqn: Equation, operands: Sequence[Moments]) -> list[tuple[int, Momen
     ]
 
 
-def _entries(eqn: Equation) -> Any:
-    """How many numbers the largest Jacobian in an operand has."""
+def _entries(eqn: Equation) -> tuple[Any, Any]:
+    """How many numbers the largest operand has, and the Jacobian in it."""
     results = sum(size(v.shape) for v in eqn.outputs if is_inexact(v))
     of_operands = [
         math.prod(n for axis, n in enumerate(v.shape) if axis not in batch_axes(eqn, i))
         for i, v in enumerate(eqn.inputs)
         if not isinstance(v, Constant) and is_inexact(v)
     ]
-    return max(of_operands, default=0) * results
+    largest = max(of_operands, default=0)
+    return largest, largest * results
 
 
 def _derivatives(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
