@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Value, is_inexact
@@ -87,7 +86,10 @@ class Reader:
 
     def array(self, factor: "Factor") -> Any:
         """A factor, computed once."""
-        return self.once(factor, factor.compute, self)
+        return self.once(factor, self._computed, factor)
+
+    def _computed(self, factor: "Factor") -> Any:
+        return _jaxpr.on_mesh(factor.compute(self))
 
     def numbers(self, factor: "Factor") -> Any:
         """The same as numbers, in the dtype."""
@@ -675,24 +677,8 @@ def _product(
         by_axes[order] = x
     kept = [i for i in kept if any(i in axes for axes in by_axes)]
     arguments = itertools.chain(*((x, axes) for axes, x in by_axes.items()))
-    where = _where_it_lies(by_axes, kept)
-    y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST, out_sharding=where)
+    y = jnp.einsum(*arguments, kept, precision=lax.Precision.HIGHEST)
     return y.reshape(shape)
-
-
-def _where_it_lies(by_axes: dict[tuple[int, ...], Any], kept: Sequence[int]) -> Any:
-    """Along its axes as its factors do, on a mesh of explicit axes, each axis of it once."""
-    where: dict[int, Any] = {}
-    mesh = None
-    for axes, x in by_axes.items():
-        sharding = jax.typeof(x).sharding
-        for i, names in zip(axes, sharding.spec, strict=False):
-            if names is None:
-                continue
-            mesh = sharding.mesh
-            if i in kept and names not in where.values():
-                where.setdefault(i, names)
-    return mesh and NamedSharding(mesh, PartitionSpec(*map(where.get, kept)))
 
 
 # Forms
@@ -942,6 +928,18 @@ def covariance(
     """
     if spread is None:
         return None
+    compute = functools.partial(_covariance, left, right, spread, shape, read, over)
+    return _jaxpr.automatically(compute, spread)
+
+
+def _covariance(
+    left: Sequence[Term],
+    right: Sequence[Term],
+    spread: Any,
+    shape: Sequence[int],
+    read: Reader,
+    over: Sequence[int],
+) -> Any:
     spread, same = read.number(spread), left is right
     left, right = (
         read.once((together, *terms), together, terms, len(shape), spread.shape)

@@ -694,12 +694,11 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
 
 
 def _at_home(eqn: Equation, compute: Callable[[Reader], Any]) -> Callable[[Reader], Any]:
-    """What an equation is needed for, computed on its mesh, on that of the context."""
+    """What runs an equation, on the mesh that this is of."""
 
     def compute_there(read: Reader) -> Any:
         with _jaxpr.at_mesh_of(eqn.outputs[0].aval):
-            x = compute(read)
-        return _jaxpr.on_mesh(x)
+            return compute(read)
 
     return compute_there
 

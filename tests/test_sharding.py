@@ -9,6 +9,7 @@ import optax
 import pytest
 from cases import assert_close, normal, normalised
 from jax import lax, nn
+from jax.ops import segment_sum
 from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
@@ -92,12 +93,24 @@ def test_explicit_tensor_parallelism(curvature):
     assert_close(received, on_one_device(curvature))
 
 
+ROWS = np.arange(BATCH) % DEVICES
 SQUARE, COLUMN = normal(DEVICES, DEVICES, seed=4) / 3, normal(DEVICES, 1, seed=6)
+
+
+def reshard(x, spec):
+    """Elsewhere, on a mesh."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
+
+
 MEETING = {  # images of one value, of weights or examples that lie on different devices
     "batch norm": lambda w, x: jnp.var(jnp.tanh(nn.standardize(x @ w, 0)) @ COLUMN),
     "added up": lambda w, x: jnp.tanh((jnp.sin(x @ w) * (x @ SQUARE)).sum(0)).sum(),
     "reversed": lambda w, x: jnp.sum(jnp.sin(x @ w) * (x @ w)[::-1]),
     "layer norm": lambda w, x: nn.softplus(nn.standardize(SQUARE @ w) @ w[:, :1]).mean(),
+    "moved": lambda w, x: jnp.tanh(reshard(x @ w, P(None, "devices"))).var(),
+    "all pairs": lambda w, x: jnp.exp((x @ w)[:, None] - reshard(x @ w, P())[None]).std(),
+    "largest": lambda w, x: jnp.sin(lax.top_k(x @ w, 3)[0]).sum(),
+    "by ids": lambda w, x: jnp.sin(segment_sum(reshard(x @ w, P()), ROWS, DEVICES)).sum(),
     "repeated": lambda w, x: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(16.0)[:, None]).sum(),
 }
 
@@ -114,7 +127,6 @@ def test_images_that_meet_on_explicit_axes(program, layout):
     assert_close(received, jax.jit(hs.value_and_hesscale(fun))(w, x))
 
 
-ROWS = np.arange(BATCH) % DEVICES
 AUTOMATIC = {  # where the compiler may choose, given what makes it so or not
     "all": lambda auto, w, x: auto(lambda w, x: jnp.tanh(x @ w).sum(), P())(w, x),
     "softmax": lambda auto, w, x: auto(nn.softmax, P("devices"))(x @ w).std(),

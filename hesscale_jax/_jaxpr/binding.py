@@ -27,6 +27,7 @@ __all__ = [
     "add",
     "at_mesh_of",
     "at_once",
+    "automatically",
     "bind",
     "entries",
     "evaluate",
@@ -185,6 +186,21 @@ def _other_mesh(aval: Any) -> Any:
     here, there = jax.sharding.get_abstract_mesh(), getattr(aval, "sharding", None)
     known = not (here.empty or there is None or there.mesh.empty)
     return there.mesh if there is not None and known and there.mesh != here else None
+
+
+def automatically(compute: Callable[[], Any], like: Any) -> Any:
+    """What is computed where the compiler chooses how it lies, replicated on explicit axes.
+
+    On a mesh of explicit axes, arrays that lie in different ways would not go together.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(like).sharding.mesh if mesh.empty else mesh
+    if not mesh.explicit_axes:
+        return compute()
+    automatic = dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(automatic)):
+        y = compute()
+    return y if y is None else jax.sharding.reshard(y, jax.sharding.NamedSharding(mesh, P()))
 
 
 def only_where(open_: Any, x: Any) -> Any:
