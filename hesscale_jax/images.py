@@ -787,7 +787,8 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
 
     def matrix(read: Reader) -> Any:
         operands = [
-            _as(v, v.value if isinstance(v, Constant) else read.primal(v)) for v in eqn.inputs
+            _as(v, v.value if isinstance(v, Constant) else _jaxpr.on_mesh(read.primal(v)))
+            for v in eqn.inputs
         ]
 
         def result(x: Any) -> Any:

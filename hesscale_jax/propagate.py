@@ -254,7 +254,7 @@ class _Walk:
     def _read(self, atom: Value | Constant) -> Moments:
         """Without the spread, if the value was made in a block."""
         if isinstance(atom, Constant):
-            return Moments(atom.value)
+            return Moments(_jaxpr.on_mesh(atom.value))
         moments = self._moments[atom]
         return moments if atom in self.plan.active else Moments(moments.primal)
 

@@ -135,6 +135,7 @@ AUTOMATIC = {  # where the compiler may choose, given what makes it so or not
     "loop": lambda auto, w, x: auto(
         lambda w, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x), P()
     )(w, x).sum(),
+    "scale": lambda auto, w, x: (auto(lambda z: z / z.std(), P("devices"))(x @ w) ** 3).var(),
     "repeat": lambda auto, w, x: jnp.sin(jnp.repeat(x @ w, 2, axis=1)).sum(),
     "rows": lambda auto, w, x: jnp.sin(auto(lambda w: w[ROWS], P("devices"))(w) * x).sum(),
     "einsum": lambda auto, w, x: jnp.sin(

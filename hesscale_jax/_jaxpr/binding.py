@@ -172,7 +172,9 @@ def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
 
 def on_mesh(x: Any) -> Any:
     """``x`` on the mesh of the context, where it lies on one of other explicit axes."""
-    return jax.sharding.reshard(x, P()) if _other_mesh(jax.typeof(x)) else x
+    if jax.sharding.get_abstract_mesh().empty or not _other_mesh(jax.typeof(x)):
+        return x
+    return jax.sharding.reshard(x, P())
 
 
 def at_mesh_of(aval: Any) -> contextlib.AbstractContextManager[Any]:

@@ -131,7 +131,7 @@ class _Builder:
         self._images = set(inputs)  # what is affine in the inputs
         self._sums = set[Value]()  # functions of what reductions return, and of nothing else
         self._sharing = set[Value]()  # of other values too: their entries share a reduction
-        self._alike: dict[Any, list[Equation]] = {}  # by primitive and operands
+        self._alike: dict[Any, list[Equation]] = {}  # by primitive, mesh and operands
         self._constants: dict[Any, Constant] = {}
         self._transposed: dict[Value, Equation] = {}
         self._stacks: dict[Value, tuple[int, list[Any]]] = {}  # steps' results, side by side
@@ -455,7 +455,8 @@ class _Builder:
         sources: Any,
         region: Region | None,
     ) -> tuple[Value, ...]:
-        alike = self._alike.setdefault((eqn.primitive, *map(id, inputs)), [])
+        key = eqn.primitive, eqn.ctx.cur_abstract_mesh, *map(id, inputs)
+        alike = self._alike.setdefault(key, [])
         outputs = tuple(Value(v.aval) for v in eqn.outvars)
         new = Equation(eqn.primitive, params, inputs, outputs, sources, region, self._ruled)
         if new.name == "transpose":
