@@ -342,7 +342,7 @@ class _Page:
         ]
 
     def _one_by_one(self) -> Iterator[tuple[str, ...]]:
-        for number, step in self._with_rules("dense", "sampled"):
+        for number, step in self._with_rules("dense", "log_determinant", "sampled"):
             if not step.primitives[0].startswith("region["):
                 yield f"  {number}", step.primitives[0], source(step)
 

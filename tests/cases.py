@@ -479,6 +479,8 @@ LINEAR_ALGEBRA: dict[str, Case] = {
     "cholesky": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), MATRIX @ MATRIX.T),
     "cholesky of a batch": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), jnp.broadcast_to(MATRIX @ MATRIX.T, (2, 1, 3, 3))),
     "cholesky of one entry": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), positive(1, 1)),
+    "slogdet": (lambda x: jnp.linalg.slogdet(x)[1], MATRIX),
+    "slogdet of a batch": (lambda x: jnp.linalg.slogdet(x)[1], MATRICES),
     "cholesky of no entries": (lambda x: lax.linalg.cholesky(x, symmetrize_input=False), normal(0, 0)),
     "eigh": (lambda x: lax.linalg.eigh(x, symmetrize_input=False)[1], MATRIX @ MATRIX.T),
     "eigh, vectors": (lambda x: lax.linalg.eigh(x, symmetrize_input=False)[0], MATRIX @ MATRIX.T),
