@@ -104,7 +104,11 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Blank(Reader):
-    """Reads zeros in place of all that a program computes: what that takes, it takes of zeros."""
+    """Zeros in place of a program's values: what covariances take does not depend on these."""
+
+    primal: Any = None
+    dtype: Any = jnp.float32
+    within: Callable[..., Any] = lambda *dtypes: jnp.float32
 
     def array(self, factor: "Factor") -> Any:
         """A factor of zeros, or of such factors."""

@@ -291,7 +291,7 @@ class Images:
             return {}
         try:
             forms = {v: self.of(v).reshaped(block.view(block.spans[v])) for v in values}
-            any_weight = Factor(block.frame, frozenset(), lambda read: jnp.ones(block.frame))
+            any_weight = Factor(block.frame, frozenset(), lambda read: None)
             added_up = {
                 v: form.times(any_weight).summed(block.reduced)
                 for v, form in forms.items()
@@ -345,7 +345,7 @@ class Images:
             return True
 
         def compute() -> Any:
-            reader = Blank(_zeros, jnp.float32, lambda *dtypes: jnp.float32)
+            reader = Blank()
 
             def vary(source: Any) -> Any:
                 if isinstance(source, Part):
@@ -612,10 +612,6 @@ def _equations_of(s: Term, t: Term) -> int:
     return count
 
 
-def _zeros(value: Value) -> Any:
-    return jnp.zeros(value.shape, value.dtype)
-
-
 def _covaried(
     groups: Iterable[Sequence[Form]], vary: Callable[[Any], Any], reader: Reader
 ) -> list[Any]:
@@ -694,7 +690,7 @@ def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
 
 
 def _at_home(eqn: Equation, compute: Callable[[Reader], Any]) -> Callable[[Reader], Any]:
-    """What runs an equation, on the mesh that this is of."""
+    """The same on the mesh of an equation, which it runs."""
 
     def compute_there(read: Reader) -> Any:
         with _jaxpr.at_mesh_of(eqn.outputs[0].aval):

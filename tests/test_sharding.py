@@ -98,7 +98,7 @@ SQUARE, COLUMN = normal(DEVICES, DEVICES, seed=4) / 3, normal(DEVICES, 1, seed=6
 
 
 def reshard(x, spec):
-    """Elsewhere, on a mesh."""
+    """``x`` where a spec says, if there is a mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
 
 

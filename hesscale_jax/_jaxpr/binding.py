@@ -185,9 +185,9 @@ def at_mesh_of(aval: Any) -> contextlib.AbstractContextManager[Any]:
 
 def _other_mesh(aval: Any) -> Any:
     """The mesh where a value lies, if that of the context is another; within ``auto_axes``."""
-    here, there = jax.sharding.get_abstract_mesh(), getattr(aval, "sharding", None)
-    known = not (here.empty or there is None or there.mesh.empty)
-    return there.mesh if there is not None and known and there.mesh != here else None
+    here = jax.sharding.get_abstract_mesh()
+    there = getattr(getattr(aval, "sharding", None), "mesh", here)
+    return None if here.empty or there.empty or there == here else there
 
 
 def automatically(compute: Callable[[], Any], like: Any) -> Any:

@@ -31,8 +31,8 @@ def work(equations: Iterable[Any]) -> Work:
         inner = [work(jaxpr.eqns) for jaxpr in core.jaxprs_in_params(eqn.params)]
         once = sum(each.multiplications for each in inner) or _multiplications(eqn)
         steps = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        largest = max(*(each.largest for each in inner), *map(_entries, _results(eqn)), 0, 0)
-        total = Work(total.multiplications + steps * once, max(total.largest, largest))
+        sizes_here = [*(each.largest for each in inner), *map(_entries, _results(eqn))]
+        total = Work(total.multiplications + steps * once, max(total.largest, *sizes_here, 0))
     return total
 
 

@@ -26,8 +26,8 @@ __all__ = ["MAX_ENTRIES", "SAMPLES", "dense", "matrix_function", "sampled", "sig
 # where 16 signs took 1 ms and the gradient 0.1 ms.
 MAX_ENTRIES = 2**16
 
-# Of the second derivatives in each entry, one operand of so many entries squared is written out at
-# once, for each number of that Jacobian: 4096 entries, which takes 200 MB.
+# The second derivatives in each of m entries hold m**2 numbers. Up to so many for each of
+# MAX_ENTRIES are written out: those of 4096 entries, which take 200 MB.
 MORE_OF_OPERAND = 2**8
 
 # The error of the diagonal through one Cholesky factor of 16 rows, relative to its size: 1.5 with
