@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hesscale_jax._manual import varying
+from hesscale_jax._manual import lying, varying
 
 if TYPE_CHECKING:
     from hesscale_jax._jaxpr import Equation
@@ -84,7 +84,8 @@ def _filled(part: Any, value: Any) -> Any:
     dtype = real_dtype(value)
     part = lax.convert_element_type(part, dtype)
     part = part if part.shape == value.shape else jnp.broadcast_to(part, value.shape)
-    return varying(part, getattr(value, "aval", value))
+    aval = getattr(value, "aval", value)
+    return varying(lying(part, aval), aval)
 
 
 # Arithmetic of parts

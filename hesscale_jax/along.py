@@ -7,9 +7,12 @@ Whatever is linear in the entries or segments here is a product, a gather or a s
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from hesscale_jax._manual import lying, whole
 
 __all__ = ["Along"]
 
@@ -83,7 +86,9 @@ class Along(NamedTuple):
             operand_batching_dims=self.batch,
             scatter_indices_batching_dims=tuple(map(self._indexed.index, self.batch)),
         )
+        x = whole(x, self.axis)
         zeros = lax.full(self.with_length(self.segments, x.shape), 0, x.dtype)
+        zeros = lying(zeros, jax.typeof(x))
         return lax.scatter_add(zeros, rows, x, numbers, mode="promise_in_bounds")
 
     @property

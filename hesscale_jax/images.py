@@ -25,6 +25,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
+from hesscale_jax._manual import lying, replicated
 from hesscale_jax.blocks import Block, Plan, is_affine
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
@@ -791,9 +792,11 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
             return _run(eqn, *operands[:i], x, *operands[i + 1 :])[k]
 
         def image(unit: Any) -> Any:
-            return jax.jvp(result, [operands[i]], [unit.reshape(operand.shape)])[1]
+            unit = lying(unit.reshape(operand.shape), operand.aval)
+            return jax.jvp(result, [operands[i]], [unit])[1]
 
-        return jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype)).reshape(m, n)
+        columns = jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype))
+        return replicated(columns).reshape(m, n)
 
     reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
     return Factor((m, n), reads, _at_home(eqn, matrix), safe=True)

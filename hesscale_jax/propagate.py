@@ -12,6 +12,7 @@ import jax
 from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
+from hesscale_jax._manual import lying
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.forms import Reader, variance
@@ -263,6 +264,7 @@ class _Walk:
         if isinstance(atom, Value) and atom in self._made_in:
             with _jaxpr.at_mesh_of(atom.aval):
                 spread = self._made_in.pop(atom).spread(atom)
+                spread = spread if spread is None else lying(spread, atom.aval)
             if spread is not None and atom in self._constrained:
                 spread = _jaxpr.bind(self._constrained[atom], spread)
             self._moments[atom] = self._moments[atom]._replace(spread=spread)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close, normal, normalised
+from cases import CASES, assert_close, normal, normalised
 from jax import lax, nn
 from jax.ops import segment_sum
 from jax.sharding import AxisType, NamedSharding, auto_axes
@@ -102,6 +102,11 @@ def reshard(x, spec):
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
 
 
+def recurrent(z):
+    """Three steps, of which each reads the same."""
+    return lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c) + z, jnp.zeros_like(z))
+
+
 MEETING = {  # images of one value, of weights or examples that lie on different devices
     "batch norm": lambda w, x: jnp.var(jnp.tanh(nn.standardize(x @ w, 0)) @ COLUMN),
     "added up": lambda w, x: jnp.tanh((jnp.sin(x @ w) * (x @ SQUARE)).sum(0)).sum(),
@@ -112,6 +117,9 @@ MEETING = {  # images of one value, of weights or examples that lie on different
     "largest": lambda w, x: jnp.sin(lax.top_k(x @ w, 3)[0]).sum(),
     "by ids": lambda w, x: jnp.sin(segment_sum(reshard(x @ w, P()), ROWS, DEVICES)).sum(),
     "repeated": lambda w, x: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(16.0)[:, None]).sum(),
+    "complex": lambda w, x: jnp.abs(lax.complex(x @ w, jnp.sin(x @ w))).std(),
+    "recurrence": lambda w, x: jnp.sum(jnp.sin(recurrent(x @ w)) * (x @ w)),
+    "branches": lambda w, x: jnp.sum(lax.cond(jnp.sum(w) > 0, recurrent, jnp.sin, x @ w) ** 3),
 }
 
 
@@ -125,6 +133,30 @@ def test_images_that_meet_on_explicit_axes(program, layout):
         )
         received = jax.jit(hs.value_and_hesscale(fun))(*args)
     assert_close(received, jax.jit(hs.value_and_hesscale(fun))(w, x))
+
+
+WHOLE = [  # what takes arrays as a whole, and how they are divided
+    ("lu of a batch", P("two")),
+    ("region", P(), P(None, "two")),
+    ("row dot products in another order", P("two"), P("two")),
+    ("segment softmax, of each column", P(None, "two")),
+    ("slogdet of a batch", P("two")),
+    ("tridiagonal_solve of a batch", *[P("two")] * 4),
+]
+
+
+@pytest.mark.parametrize(("name", "specs"), [(name, specs) for name, *specs in WHOLE])
+def test_rules_of_whole_arrays_on_explicit_axes(name, specs):
+    fun, *args = CASES[name]
+
+    def loss(args):
+        return sum(jnp.sum(jnp.abs(y) ** 3) for y in jax.tree.leaves(fun(*args)))
+
+    wanted = jax.jit(hs.value_and_hesscale(loss))(args)
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit, (2,), ("two",))):
+        args = [jax.device_put(x, NamedSharding(mesh, p)) for x, p in zip(args, specs, strict=True)]
+        received = jax.jit(hs.value_and_hesscale(loss))(args)
+    assert_close(received, wanted)
 
 
 AUTOMATIC = {  # where the compiler may choose, given what makes it so or not

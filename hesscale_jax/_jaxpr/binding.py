@@ -202,7 +202,7 @@ def automatically(compute: Callable[[], Any], like: Any) -> Any:
     automatic = dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto)
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(automatic)):
         y = compute()
-    return y if y is None else jax.sharding.reshard(y, jax.sharding.NamedSharding(mesh, P()))
+    return jax.tree.map(lambda y: jax.sharding.reshard(y, jax.sharding.NamedSharding(mesh, P())), y)
 
 
 def only_where(open_: Any, x: Any) -> Any:

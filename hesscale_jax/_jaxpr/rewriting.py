@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend import core
 
 from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
+from hesscale_jax._manual import lying
 
 __all__ = [
     "ENTRYWISE",
@@ -262,10 +263,11 @@ def multiplied_and_summed(eqn: Any) -> Callable[[Any, Any], Any]:
         y = lax.squeeze(y, range(len(partner), y.ndim)) if free[1 - wide] else y
         if y.shape != x.shape:
             y = lax.broadcast_in_dim(y, x.shape, sorted(partner))
-        rows = lax.reduce_sum(lax.mul(x, y), tuple(summed))
+        rows = lax.reduce_sum(lax.mul(x, lying(y, jax.typeof(x))), tuple(summed))
         kept = [i for i in range(x.ndim) if i not in summed]
         rows = _transpose(rows, [kept.index(i) for i in (*batch, *free[wide])])
-        return lax.reshape(rows, result.shape) if rows.shape != result.shape else rows
+        rows = lax.reshape(rows, result.shape) if rows.shape != result.shape else rows
+        return lying(rows, result)
 
     return multiply_and_sum
 

@@ -14,6 +14,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation
+from hesscale_jax._manual import lying
 from hesscale_jax.errors import WhileLoopError
 from hesscale_jax.factored import Factored
 from hesscale_jax.moments import Moments, spread_dtype
@@ -63,7 +64,24 @@ def run_steps(eqn: Equation, step: Any, carry: Any, xs: list[Moments], policy: A
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     how = {name: eqn.params[name] for name in ("reverse", "unroll")}
     length = None if xs else eqn.params["length"]  # The former may be symbolic.
+    if any(jax.typeof(x).sharding.mesh.explicit_axes for x in jax.tree.leaves(carry)):
+        step, carry = _lying_alike(step, carry, xs)
     return lax.scan(step, carry, xs, length, **how)
+
+
+def _lying_alike(step: Any, carry: Any, xs: list[Moments]) -> tuple[Any, Any]:
+    """A loop whose carry lies at every step as the first one hands it on."""
+
+    def first(carry: Any, xs: list[Moments]) -> Any:
+        return step(carry, jax.tree.map(lambda x: lax.index_in_dim(x, 0, keepdims=False), xs))[0]
+
+    types = jax.eval_shape(first, carry, xs)
+
+    def settled(carry: Any, xs: list[Moments]) -> Any:
+        carry, ys = step(carry, xs)
+        return jax.tree.map(lying, carry, types), ys
+
+    return settled, jax.tree.map(lying, carry, types)
 
 
 def _cond(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -151,7 +169,8 @@ def _fill(x: Moments) -> Moments:
     wide = spread_dtype(jnp.result_type(x.primal))
     shift = lax.full_like(x.primal, 0) if x.shift is None else x.shift
     spread = lax.full_like(x.primal, 0, wide) if x.spread is None else x.spread
-    return Moments(x.primal, shift, spread)
+    aval = jax.typeof(x.primal)
+    return Moments(x.primal, lying(shift, aval), lying(spread, aval))
 
 
 scan = ControlFlow(_scan)

@@ -3,9 +3,10 @@
 Both hold for one equation: its operands that differ, and the entries of each, count as independent.
 """
 
+import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ import numpy as np
 from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Constant, Equation, is_inexact, size
+from hesscale_jax._jaxpr import Constant, Equation, Value, is_inexact, size
+from hesscale_jax._manual import lying
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
@@ -40,6 +42,9 @@ FACTORISATIONS = frozenset({"cholesky", "eigh", "lu", "qr", "svd"})
 # JAX cannot vectorise them.
 ONE_BY_ONE = frozenset({"spsolve"})
 
+# (equation, primals, position, its spread, positions of results) -> their spreads and bends
+Pushed = Callable[..., tuple[list[Any], list[Any]]]
+
 
 def dense(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
     """``dy = J dx + sum_i d2f/dx_i2 vx_i, vy = (J*J) vx``, with the derivatives written out.
@@ -51,20 +56,7 @@ def dense(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mome
 
         hesscale(loss, rules=hesscale_jax.RULES | {"cholesky": hesscale_jax.rules.dense})
     """
-    primals = [x.primal for x in operands]
-    results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
-    shifts = push(eqn, primals, [x.shift for x in operands])
-    spreads: list[Any] = [None] * len(results)
-    carried = [k for k, v in enumerate(eqn.outputs) if is_inexact(v)]
-    for i, x in varying(eqn, operands):
-        batch = batch_axes(eqn, i)
-        for k, slopes, bends in zip(carried, *_derivatives(eqn, primals, i, carried), strict=True):
-            spread = _weighted(slopes**2, x.spread, batch, eqn.outputs[k])
-            spreads[k] = total(spreads[k], spread)
-            if recurse.curved:
-                bend = _weighted(bends, x.spread, batch, eqn.outputs[k])
-                shifts[k] = total(shifts[k], lax.convert_element_type(bend, results[k].dtype))
-    return list(map(Moments, results, shifts, spreads))
+    return _of_each_operand(eqn, operands, recurse, _written_out)
 
 
 def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
@@ -89,7 +81,7 @@ def sampled(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Mo
       >>> print(grad)
       [0.5  0.25]
     """
-    return _sampled(eqn, operands, recurse, SAMPLES)
+    return _of_each_operand(eqn, operands, recurse, functools.partial(_estimated, SAMPLES))
 
 
 def matrix_function(max_entries: int = MAX_ENTRIES, samples: int = SAMPLES) -> ByEquation:
@@ -111,7 +103,7 @@ def matrix_function(max_entries: int = MAX_ENTRIES, samples: int = SAMPLES) -> B
     """
 
     def rule(eqn: Equation, operands: Sequence[Moments], recurse: Any) -> list[Moments]:
-        return _sampled(eqn, operands, recurse, samples)
+        return _of_each_operand(eqn, operands, recurse, functools.partial(_estimated, samples))
 
     rule.__name__ = "sampled"
 
@@ -165,6 +157,45 @@ def _entries(eqn: Equation) -> tuple[Any, Any]:
     return largest, largest * results
 
 
+def _of_each_operand(
+    eqn: Equation, operands: Sequence[Moments], recurse: Any, pushed: Pushed
+) -> list[Moments]:
+    """The shifts pushed through, and what the spread of each operand is ``pushed`` to."""
+    primals = [x.primal for x in operands]
+    results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
+    shifts = push(eqn, primals, [x.shift for x in operands])
+    spreads: list[Any] = [None] * len(results)
+    carried = [k for k, v in enumerate(eqn.outputs) if is_inexact(v)]
+    for i, x in varying(eqn, operands):
+
+        def compute(i: int = i, x: Moments = x) -> tuple[list[Any], list[Any]]:
+            given = list(map(_jaxpr.on_mesh, primals))
+            return pushed(eqn, given, i, _jaxpr.on_mesh(x.spread), carried)
+
+        # JAX's second derivatives of these do not take all ways to lie on explicit axes.
+        alone = eqn.name in FACTORISATIONS
+        found = _jaxpr.automatically(compute, x.primal) if alone else compute()
+        for k, spread, bend in zip(carried, *found, strict=True):
+            spreads[k] = total(spreads[k], spread)
+            if recurse.curved:
+                shifts[k] = total(shifts[k], lax.convert_element_type(bend, results[k].dtype))
+    return list(map(Moments, results, shifts, spreads))
+
+
+def _written_out(
+    eqn: Equation, primals: Sequence[Any], i: int, spread: Any, carried: Sequence[int]
+) -> tuple[list[Any], list[Any]]:
+    """The spreads of results from that of operand ``i``, and what it bends them by."""
+    slopes, bends = _derivatives(eqn, primals, i, carried)
+    values, batch = [eqn.outputs[k] for k in carried], batch_axes(eqn, i)
+
+    def weighted(derivatives: Any, value: Value) -> Any:
+        return _weighted(derivatives, spread, batch, value)
+
+    squares = [slope**2 for slope in slopes]
+    return list(map(weighted, squares, values)), list(map(weighted, bends, values))
+
+
 def _derivatives(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
     """The first and the second derivative of the results in each entry of operand ``i``.
 
@@ -176,7 +207,7 @@ def _derivatives(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequenc
     count = math.prod(own)
 
     def in_direction(e: Any) -> Any:
-        e = jnp.broadcast_to(e, x.shape)
+        e = lying(jnp.broadcast_to(e, x.shape), jax.typeof(x))
         return jax.jvp(lambda x: jax.jvp(fun, [x], [e])[1], [x], [e])
 
     return jax.vmap(in_direction)(jnp.eye(count, dtype=x.dtype).reshape(count, *own))
@@ -192,36 +223,31 @@ def _weighted(derivatives: Any, spread: Any, batch: Sequence[int], value: Any) -
     return lax.convert_element_type(sums.reshape(value.shape), spread_dtype(value.dtype))
 
 
-def _sampled(
-    eqn: Equation, operands: Sequence[Moments], recurse: Any, samples: int
-) -> list[Moments]:
-    primals = [x.primal for x in operands]
-    results = _jaxpr.listed(_jaxpr.bind(eqn, *primals), eqn)
-    shifts = push(eqn, primals, [x.shift for x in operands])
-    spreads: list[Any] = [None] * len(results)
-    carried = [k for k, v in enumerate(eqn.outputs) if is_inexact(v)]
-    for i, x in varying(eqn, operands):
-        fun = _carried(eqn, primals, i, carried)
+def _estimated(
+    samples: int,
+    eqn: Equation,
+    primals: Sequence[Any],
+    i: int,
+    spread: Any,
+    carried: Sequence[int],
+) -> tuple[list[Any], list[Any]]:
+    """The same by random signs ``z``: ``(J z) * (J t)`` and ``f''[z, t]`` for ``t = z*vx``."""
+    fun, x = _carried(eqn, primals, i, carried), primals[i]
 
-        def along(z: Any, x: Moments = x, fun: Any = fun) -> Any:
-            """``(J z) * (J t)`` and ``f''[z, t]`` for ``t = z*vx``."""
-            t = lax.convert_element_type(z * x.spread, x.primal.dtype)
+    def along(z: Any) -> Any:
+        t = lax.convert_element_type(z * spread, x.dtype)
 
-            def slope(primal: Any) -> Any:
-                return jax.jvp(fun, [primal], [z])[1]
+        def slope(x: Any) -> Any:
+            return jax.jvp(fun, [x], [z])[1]
 
-            slopes, bends = jax.jvp(slope, [x.primal], [t])
-            pushed = jax.jvp(fun, [x.primal], [t])[1]
-            return [s * p for s, p in zip(slopes, pushed, strict=True)], bends
+        slopes, bends = jax.jvp(slope, [x], [t])
+        pushed = jax.jvp(fun, [x], [t])[1]
+        return [s * p for s, p in zip(slopes, pushed, strict=True)], bends
 
-        z = signs(eqn, i, x.primal, samples)
-        sums = lax.map(along, z) if eqn.name in ONE_BY_ONE else jax.vmap(along)(z)
-        for k, squares, bends in zip(carried, *sums, strict=True):
-            wide = spread_dtype(results[k].dtype)
-            spreads[k] = total(spreads[k], squares.astype(wide).mean(0))
-            if recurse.curved:
-                shifts[k] = total(shifts[k], bends.mean(0))
-    return list(map(Moments, results, shifts, spreads))
+    z = signs(eqn, i, x, samples)
+    squares, bends = lax.map(along, z) if eqn.name in ONE_BY_ONE else jax.vmap(along)(z)
+    wide = [y.astype(spread_dtype(y.dtype)).mean(0) for y in squares]
+    return wide, [bend.mean(0) for bend in bends]
 
 
 def _carried(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:

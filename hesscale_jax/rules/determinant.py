@@ -26,7 +26,8 @@ def log_determinant(eqn: Equation, operands: Sequence[Moments], recurse: Any) ->
     _, shift = push(eqn, [x.primal], [x.shift])
     spread = None
     if x.spread is not None:
-        square = jnp.linalg.inv(x.primal).swapaxes(-1, -2) ** 2
+        inverse = _jaxpr.automatically(lambda: jnp.linalg.inv(_jaxpr.on_mesh(x.primal)), x.primal)
+        square = inverse.swapaxes(-1, -2) ** 2
         spread = jnp.sum(square.astype(spread_dtype(y.dtype)) * x.spread, (-2, -1))
         if recurse.curved:
             shift = total(shift, lax.convert_element_type(-spread, y.dtype))

@@ -15,6 +15,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program
+from hesscale_jax._manual import lying, whole
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.dense_jacobian import SAMPLES, signs
 from hesscale_jax.rules.derivatives import widened
@@ -67,6 +68,7 @@ def _solved(
     shape = x.shape if left else (*x.shape[:-2], *x.shape[:-3:-1])
     *batch, n, _ = shape
     identity = jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (*batch, n, n))
+    identity = lying(identity, jax.typeof(whole(whole(x, -1), -2)))
     inverse = widened(_jaxpr.bind(eqn, *primals[:-1], identity))
     wide = widened(x)
 

@@ -16,6 +16,7 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax._manual import lying, replicated
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.regions import REGION, Exact
 from hesscale_jax.rules.derivatives import widened
@@ -71,13 +72,14 @@ def _by_columns(
             (jnp.arange(x.size).reshape(x.shape) + start == position).astype(x.dtype)
             for x, start in zip(xs, starts, strict=False)
         ]
+        units = [lying(unit, jax.typeof(x)) for unit, x in zip(units, xs, strict=True)]
         unit = list(map(_jaxpr.varying_as, units, xs))
         if not curved:
             return derivatives.first(fun, xs, unit), []
         return derivatives.second(fun, xs, unit, unit)
 
     slopes, bends = lax.map(column, jnp.arange(starts[-1]), batch_size=CHUNK)
-    variances = jnp.concatenate([v.ravel() for v in spreads])
+    variances = jnp.concatenate([replicated(v).ravel() for v in spreads])
 
     def weighted(columns: Any) -> Any:
         return jnp.tensordot(variances, columns.astype(variances.dtype), 1)
@@ -95,13 +97,14 @@ def _by_rows(fun: Function, xs: Sequence[Any], spreads: Sequence[Any]) -> Given:
 
         def row(position: Any, k: int = k, y: Any = y) -> list[Any]:
             unit = jnp.arange(math.prod(y.shape)).reshape(y.shape) == position
+            unit = lying(unit, jax.typeof(y))
             cotangents = list(map(jnp.zeros_like, ys))
             cotangents[k] = unit.astype(y.dtype)
             return pull(list(map(_jaxpr.varying_as, cotangents, ys)))
 
         rows = lax.map(row, jnp.arange(math.prod(y.shape)), batch_size=CHUNK)
         parts = [
-            jnp.tensordot(r.astype(v.dtype) ** 2, v, v.ndim)
+            jnp.tensordot(replicated(r).astype(v.dtype) ** 2, replicated(v), v.ndim)
             for r, v in zip(rows, spreads, strict=True)
         ]
         found.append(jnp.reshape(sum(parts), y.shape))
