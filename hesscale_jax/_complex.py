@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hesscale_jax._manual import lying, varying
+from hesscale_jax._mesh import lying, varying
 
 if TYPE_CHECKING:
     from hesscale_jax._jaxpr import Equation

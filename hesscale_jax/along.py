@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hesscale_jax._manual import lying, whole
+from hesscale_jax._mesh import lying, whole
 
 __all__ = ["Along"]
 

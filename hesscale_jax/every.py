@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hesscale_jax._mesh import lying
 from hesscale_jax.factors import value_and_factors
 from hesscale_jax.transform import value_and_hesscale
 
@@ -114,7 +115,8 @@ def alternating(
         def gradient() -> Any:
             value, grad = plain(*args, **kwargs)
             _, (_, absent) = jax.eval_shape(curvature)
-            return value, (grad, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), absent))
+            nothing = jax.tree.map(lambda x: lying(jnp.zeros(x.shape, x.dtype), x), absent)
+            return value, (grad, nothing)
 
         if not isinstance(step, int | np.integer | jax.Array):
             raise TypeError(

@@ -49,8 +49,9 @@ Axis = tuple[Span, ...]  # what a dimension is made of, the slowest to vary firs
 
 RENAMED = frozenset(
     (
-        *("convert_element_type", "copy", "copy_p", "name", "optimization_barrier"),
-        *("pbroadcast", "pvary", "reduce_precision", "sharding_constraint"),
+        *("convert_element_type", "copy", "copy_p", "device_put", "layout_constraint", "name"),
+        *("optimization_barrier", "pbroadcast", "pvary", "reduce_precision", "reshard"),
+        "sharding_constraint",
     )
 )
 

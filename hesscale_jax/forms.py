@@ -31,6 +31,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Value, is_inexact
+from hesscale_jax._mesh import automatically, on_mesh
 
 __all__ = [
     "Blank",
@@ -76,20 +77,20 @@ class Reader:
     def __call__(self, atom: Value | Constant) -> Any:
         """The primal of a value, or a constant."""
         x = atom.value if isinstance(atom, Constant) else self.primal(atom)
-        return self.number(x) if _is_number(x) else jnp.asarray(_jaxpr.on_mesh(x))
+        return self.number(x) if _is_number(x) else jnp.asarray(on_mesh(x))
 
     def number(self, x: Any) -> Any:
         """An array of numbers, or of truth values as zeros and ones, in the dtype."""
         if isinstance(x, np.ndarray) and x.size <= MOST_KNOWN:
             return x.astype(self.dtype)
-        return lax.convert_element_type(_jaxpr.on_mesh(x), self.dtype)
+        return lax.convert_element_type(on_mesh(x), self.dtype)
 
     def array(self, factor: "Factor") -> Any:
         """A factor, computed once."""
         return self.once(factor, self._computed, factor)
 
     def _computed(self, factor: "Factor") -> Any:
-        return _jaxpr.on_mesh(factor.compute(self))
+        return on_mesh(factor.compute(self))
 
     def numbers(self, factor: "Factor") -> Any:
         """The same as numbers, in the dtype."""
@@ -933,7 +934,7 @@ def covariance(
     if spread is None:
         return None
     compute = functools.partial(_covariance, left, right, spread, shape, read, over)
-    return _jaxpr.automatically(compute, spread)
+    return automatically(compute, spread)
 
 
 def _covariance(

@@ -25,7 +25,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
-from hesscale_jax._manual import lying, replicated
+from hesscale_jax._mesh import at_mesh_of, lying, on_mesh, replicated
 from hesscale_jax.blocks import Block, Plan, is_affine
 from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import (
@@ -91,10 +91,6 @@ ALWAYS = _jaxpr.Work(2**24, 2**22)
 # Of fewer pairs of an entry and one of a source, that is not looked at.
 FEW_PAIRS = 2**20
 
-# Selections that yield the same entries at the same positions.
-SAME = RENAMED | {"device_put", "layout_constraint", "reshard"}
-
-
 # Their slopes are finite where their operands are.
 SMOOTH = {"abs", "asinh", "atan", "cos", "erf", "integer_pow", "logistic", "sin", "square", "tanh"}
 
@@ -105,7 +101,7 @@ BOUNDED = {"asinh", "atan", "clamp", "cos", "erf", "logistic", "max", "min", "si
 MOST_IN_MATRIX = 2**14
 
 # What may be run where a value's entries are to stay apart.
-MOVES = SAME | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
+MOVES = RENAMED | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
 MOVES |= {"broadcast_in_dim", "gather", "not", "or", "pad", "reduce_sum", "reshape", "select_n"}
 MOVES |= {"slice", "squeeze", "sub", "transpose"}
 
@@ -441,7 +437,7 @@ class Images:
         if not isinstance(rule, Selection):
             return None
         forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
-        if eqn.name in SAME and len(forms) == len(eqn.outputs):
+        if eqn.name in RENAMED and len(forms) == len(eqn.outputs):
             shapes = (tuple(v.shape) for v in eqn.outputs)
             return [form or Form(shape, {}) for form, shape in zip(forms, shapes, strict=True)]
         image = SELECTIONS.get(eqn.name)
@@ -694,7 +690,7 @@ def _at_home(eqn: Equation, compute: Callable[[Reader], Any]) -> Callable[[Reade
     """The same on the mesh of an equation, which it runs."""
 
     def compute_there(read: Reader) -> Any:
-        with _jaxpr.at_mesh_of(eqn.outputs[0].aval):
+        with at_mesh_of(eqn.outputs[0].aval):
             return compute(read)
 
     return compute_there
@@ -755,7 +751,7 @@ def _is_linear_step(eqn: Equation, at: Sequence[int]) -> bool:
         return (several or len(at) == 1) and not (eqn.name == "div" and at != [0])
     if eqn.name in ("dynamic_update_slice", "scatter"):
         return True
-    return eqn.name in SAME or _is_linear(eqn, at)
+    return eqn.name in RENAMED or _is_linear(eqn, at)
 
 
 def _by_unit_vectors(
@@ -784,7 +780,7 @@ def _matrix(eqn: Equation, i: int, k: int) -> Factor:
 
     def matrix(read: Reader) -> Any:
         operands = [
-            _as(v, v.value if isinstance(v, Constant) else _jaxpr.on_mesh(read.primal(v)))
+            _as(v, v.value if isinstance(v, Constant) else on_mesh(read.primal(v)))
             for v in eqn.inputs
         ]
 

@@ -12,7 +12,7 @@ import jax
 from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
-from hesscale_jax._manual import lying
+from hesscale_jax._mesh import at_mesh_of, lying, on_mesh
 from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
 from hesscale_jax.factored import Factored
 from hesscale_jax.forms import Reader, variance
@@ -255,14 +255,14 @@ class _Walk:
     def _read(self, atom: Value | Constant) -> Moments:
         """Without the spread, if the value was made in a block."""
         if isinstance(atom, Constant):
-            return Moments(_jaxpr.on_mesh(atom.value))
+            return Moments(on_mesh(atom.value))
         moments = self._moments[atom]
         return moments if atom in self.plan.active else Moments(moments.primal)
 
     def _collapsed(self, atom: Value | Constant) -> Moments:
         """With the spread with which the value leaves its block."""
         if isinstance(atom, Value) and atom in self._made_in:
-            with _jaxpr.at_mesh_of(atom.aval):
+            with at_mesh_of(atom.aval):
                 spread = self._made_in.pop(atom).spread(atom)
                 spread = spread if spread is None else lying(spread, atom.aval)
             if spread is not None and atom in self._constrained:

@@ -80,17 +80,59 @@ def test_explicit_sharding(curvature):
     assert_close(received, on_one_device(curvature))
 
 
-@every_curvature
-def test_explicit_tensor_parallelism(curvature):
+def by_columns_and_rows(params, x, labels):
     def hidden(x, params):
         h = nn.gelu(x @ params["into"] + jnp.broadcast_to(params["bias"], (BATCH, HIDDEN)))
         return jnp.einsum("bh,hw->bw", h, params["back"], out_sharding=P())
 
+    return loss(params, x, labels, hidden)
+
+
+def gathered(params, x, labels):
+    return loss({name: jax.sharding.reshard(p, P()) for name, p in params.items()}, x, labels)
+
+
+@every_curvature
+def test_explicit_tensor_parallelism(curvature):
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
         args = placed(mesh, "tensor parallel")
-        transformed = hs.value_and_hesscale(lambda *a: loss(*a, hidden), curvature=curvature)
+        transformed = hs.value_and_hesscale(by_columns_and_rows, curvature=curvature)
         received = jax.jit(transformed)(*args)
     assert_close(received, on_one_device(curvature))
+
+
+@pytest.mark.parametrize(
+    ("layout", "explicit"),
+    [("tensor parallel", by_columns_and_rows), ("fully sharded", gathered)],
+)
+def test_training_on_explicit_axes(layout, explicit):
+    """In a loop, where whatever is handed on has to lie as it did; some steps have no curvature."""
+    layouts = hs.layouts(loss)(PARAMS, INPUTS, LABELS)
+    optimizers = hs.orthogonal_newton(1e-2, layouts), hs.scaled_adahesscale(1e-2, delta=1e-4)
+
+    def trained(loss, params, x, labels):
+        def step(state, number):
+            def one(transform, optimizer, params, state, name):
+                _, (grad, curvature), refreshed = transform(2)(loss)(number, params, x, labels)
+                given = {name: curvature, "refreshed": refreshed}
+                updates, state = optimizer.update(grad, state, params, **given)
+                return optax.apply_updates(params, updates), state
+
+            first, second = state
+            first = one(hs.value_and_factors_every, optimizers[0], *first, "factors")
+            return (
+                first,
+                one(hs.value_and_hesscale_every, optimizers[1], *second, "hess_diag"),
+            ), ()
+
+        start = [(params, optimizer.init(params)) for optimizer in optimizers]
+        return [params for params, _ in lax.scan(step, tuple(start), jnp.arange(3))[0]]
+
+    wanted = jax.jit(lambda *args: trained(loss, *args))(PARAMS, INPUTS, LABELS)
+    with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
+        args = placed(mesh, layout)
+        received = jax.jit(lambda *args: trained(explicit, *args))(*args)
+    assert_close(received, wanted)
 
 
 ROWS = np.arange(BATCH) % DEVICES

@@ -21,13 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from hesscale_jax._jaxpr.program import CUSTOM, Body, Constant, Equation, Program, Value, is_inexact
 from hesscale_jax._jaxpr.sources import context
-from hesscale_jax._manual import varying, varying_axes
+from hesscale_jax._mesh import at_mesh_of, varying, varying_axes
 
 __all__ = [
     "add",
-    "at_mesh_of",
     "at_once",
-    "automatically",
     "bind",
     "entries",
     "evaluate",
@@ -35,7 +33,6 @@ __all__ = [
     "is_on_one_cpu",
     "listed",
     "multiply",
-    "on_mesh",
     "only_where",
     "run",
     "run_widely",
@@ -168,41 +165,6 @@ def _without_dispatch(bind: Any, operation: Any, a: Any, b: Any) -> Any:
     a = np.asarray(a, b.dtype) if floats[0] else a
     b = np.asarray(b, a.dtype) if floats[1] else b
     return bind(a, b) if a.dtype == b.dtype else operation(a, b)
-
-
-def on_mesh(x: Any) -> Any:
-    """``x`` on the mesh of the context, where it lies on one of other explicit axes."""
-    if jax.sharding.get_abstract_mesh().empty or not _other_mesh(jax.typeof(x)):
-        return x
-    return jax.sharding.reshard(x, P())
-
-
-def at_mesh_of(aval: Any) -> contextlib.AbstractContextManager[Any]:
-    """The context of the mesh where a value of this type lies, if it is not that of this one."""
-    mesh = _other_mesh(aval)
-    return jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
-
-
-def _other_mesh(aval: Any) -> Any:
-    """The mesh where a value lies, if that of the context is another; within ``auto_axes``."""
-    here = jax.sharding.get_abstract_mesh()
-    there = getattr(getattr(aval, "sharding", None), "mesh", here)
-    return None if here.empty or there.empty or there == here else there
-
-
-def automatically(compute: Callable[[], Any], like: Any) -> Any:
-    """What is computed where the compiler chooses how it lies, replicated on explicit axes.
-
-    On a mesh of explicit axes, arrays that lie in different ways would not go together.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    mesh = jax.typeof(like).sharding.mesh if mesh.empty else mesh
-    if not mesh.explicit_axes:
-        return compute()
-    automatic = dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto)
-    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(automatic)):
-        y = compute()
-    return jax.tree.map(lambda y: jax.sharding.reshard(y, jax.sharding.NamedSharding(mesh, P())), y)
 
 
 def only_where(open_: Any, x: Any) -> Any:

@@ -9,7 +9,7 @@ from jax.extend import core
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr.program import Equation, Value
 from hesscale_jax._jaxpr.sources import label
-from hesscale_jax._manual import varying_axes
+from hesscale_jax._mesh import varying_axes
 
 __all__ = [
     "WHOLE",

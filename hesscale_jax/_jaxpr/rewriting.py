@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend import core
 
 from hesscale_jax._jaxpr.program import CALLS, as_closed, called, scan_groups
-from hesscale_jax._manual import lying
+from hesscale_jax._mesh import lying
 
 __all__ = [
     "ENTRYWISE",

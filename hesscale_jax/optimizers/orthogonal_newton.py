@@ -10,6 +10,7 @@ inputs, weighted by curvature, and the curvature :math:`h` of its outputs, which
 argument ``factors``.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from hesscale_jax._mesh import automatically, on_mesh
 from hesscale_jax.factored import MAX_INPUTS, Factors, Layout
 from hesscale_jax.optimizers.hess_diag import accumulator_dtype, keep_unless, usable
 
@@ -168,7 +170,25 @@ def scale_by_orthogonal_newton(
             moved = keep_unless(finite, moved, state)
         return scaled, moved
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, _anywhere(update_fn))
+
+
+def _anywhere(update_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for arrays on a mesh of explicit axes, which products of matrices may not divide."""
+
+    @functools.wraps(update_fn)
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        def compute() -> Any:
+            given = jax.tree.map(on_mesh, (updates, state, extra_args))
+            return update_fn(*given[:2], params, **given[2])
+
+        leaf = next(iter(jax.tree.leaves(updates)), state.count)
+        found: tuple[optax.Updates, Any] = automatically(compute, leaf, (updates, state))
+        return found
+
+    return update
 
 
 def matched(layouts: Any, tree: optax.Updates) -> Any:
@@ -354,7 +374,7 @@ def _balanced(steps: list[Any]) -> list[Any]:
         known = (step.bend > 0) & (step.descent > 0)
         ratio = jnp.where(known, step.descent, 1) / jnp.where(known, step.bend, 1)
         logs.append((known, jnp.log(ratio)))
-    number = sum(jnp.sum(known) for known, _ in logs)
+    number = sum(jnp.sum(known, dtype=length.dtype) for known, length in logs)
     mean = sum(jnp.sum(length) for _, length in logs) / jnp.maximum(number, 1)
     factors = iter(
         jnp.where(known, jnp.exp(jnp.clip(length - mean, -LOG_SPREAD, LOG_SPREAD)), 1)

@@ -14,7 +14,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation
-from hesscale_jax._manual import lying
+from hesscale_jax._mesh import lying
 from hesscale_jax.errors import WhileLoopError
 from hesscale_jax.factored import Factored
 from hesscale_jax.moments import Moments, spread_dtype
@@ -114,7 +114,9 @@ def _with_state(eqn: Equation, which: Any, primals: list[Any]) -> tuple[list[Bod
 
     def run(chosen: int) -> Callable[[], list[list[Any]]]:
         def branch() -> list[list[Any]]:
-            others = [[jnp.zeros(v.shape, v.dtype) for v in values] for values in returned]
+            others = [
+                [lying(jnp.zeros(v.shape, v.dtype), v.aval) for v in values] for values in returned
+            ]
             others[chosen] = _jaxpr.evaluate(eqn.bodies[chosen].program, primals, returned[chosen])
             return others
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Value, is_inexact, size
-from hesscale_jax._manual import lying
+from hesscale_jax._mesh import automatically, lying, on_mesh
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
@@ -169,12 +169,12 @@ def _of_each_operand(
     for i, x in varying(eqn, operands):
 
         def compute(i: int = i, x: Moments = x) -> tuple[list[Any], list[Any]]:
-            given = list(map(_jaxpr.on_mesh, primals))
-            return pushed(eqn, given, i, _jaxpr.on_mesh(x.spread), carried)
+            given = list(map(on_mesh, primals))
+            return pushed(eqn, given, i, on_mesh(x.spread), carried)
 
         # JAX's second derivatives of these do not take all ways to lie on explicit axes.
         alone = eqn.name in FACTORISATIONS
-        found = _jaxpr.automatically(compute, x.primal) if alone else compute()
+        found = automatically(compute, x.primal) if alone else compute()
         for k, spread, bend in zip(carried, *found, strict=True):
             spreads[k] = total(spreads[k], spread)
             if recurse.curved:

@@ -8,6 +8,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax._mesh import automatically, on_mesh
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.multilinear import total
 from hesscale_jax.rules.selection import push
@@ -26,7 +27,7 @@ def log_determinant(eqn: Equation, operands: Sequence[Moments], recurse: Any) ->
     _, shift = push(eqn, [x.primal], [x.shift])
     spread = None
     if x.spread is not None:
-        inverse = _jaxpr.automatically(lambda: jnp.linalg.inv(_jaxpr.on_mesh(x.primal)), x.primal)
+        inverse = automatically(lambda: jnp.linalg.inv(on_mesh(x.primal)), x.primal)
         square = inverse.swapaxes(-1, -2) ** 2
         spread = jnp.sum(square.astype(spread_dtype(y.dtype)) * x.spread, (-2, -1))
         if recurse.curved:

@@ -15,7 +15,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program
-from hesscale_jax._manual import lying, whole
+from hesscale_jax._mesh import lying, whole
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.dense_jacobian import SAMPLES, signs
 from hesscale_jax.rules.derivatives import widened

@@ -16,7 +16,7 @@ from jax import lax
 from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Equation
-from hesscale_jax._manual import lying, replicated
+from hesscale_jax._mesh import lying, replicated
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.regions import REGION, Exact
 from hesscale_jax.rules.derivatives import widened
