@@ -180,7 +180,6 @@ def test_images_that_meet_on_explicit_axes(program, layout):
 WHOLE = [  # what takes arrays as a whole, and how they are divided
     ("lu of a batch", P("two")),
     ("region", P(), P(None, "two")),
-    ("row dot products in another order", P("two"), P("two")),
     ("segment softmax, of each column", P(None, "two")),
     ("slogdet of a batch", P("two")),
     ("tridiagonal_solve of a batch", *[P("two")] * 4),
