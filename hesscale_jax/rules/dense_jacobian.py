@@ -42,7 +42,8 @@ FACTORISATIONS = frozenset({"cholesky", "eigh", "lu", "qr", "svd"})
 # JAX cannot vectorise them.
 ONE_BY_ONE = frozenset({"spsolve"})
 
-# (equation, primals, position, its spread, positions of results) -> their spreads and bends
+# (equation, primals, position, its spread, positions of results, whether curved) -> their spreads,
+# and what bends them if so
 Pushed = Callable[..., tuple[list[Any], list[Any]]]
 
 
@@ -170,20 +171,25 @@ def _of_each_operand(
 
         def compute(i: int = i, x: Moments = x) -> tuple[list[Any], list[Any]]:
             given = list(map(on_mesh, primals))
-            return pushed(eqn, given, i, on_mesh(x.spread), carried)
+            return pushed(eqn, given, i, on_mesh(x.spread), carried, recurse.curved)
 
         # JAX's second derivatives of these do not take all ways to lie on explicit axes.
         alone = eqn.name in FACTORISATIONS
-        found = automatically(compute, x.primal) if alone else compute()
-        for k, spread, bend in zip(carried, *found, strict=True):
+        found, bends = automatically(compute, x.primal) if alone else compute()
+        for k, spread in zip(carried, found, strict=True):
             spreads[k] = total(spreads[k], spread)
-            if recurse.curved:
-                shifts[k] = total(shifts[k], lax.convert_element_type(bend, results[k].dtype))
+        for k, bend in zip(carried, bends, strict=False):
+            shifts[k] = total(shifts[k], lax.convert_element_type(bend, results[k].dtype))
     return list(map(Moments, results, shifts, spreads))
 
 
 def _written_out(
-    eqn: Equation, primals: Sequence[Any], i: int, spread: Any, carried: Sequence[int]
+    eqn: Equation,
+    primals: Sequence[Any],
+    i: int,
+    spread: Any,
+    carried: Sequence[int],
+    curved: bool,
 ) -> tuple[list[Any], list[Any]]:
     """The spreads of results from that of operand ``i``, and what it bends them by."""
     slopes, bends = _derivatives(eqn, primals, i, carried)
@@ -193,7 +199,8 @@ def _written_out(
         return _weighted(derivatives, spread, batch, value)
 
     squares = [slope**2 for slope in slopes]
-    return list(map(weighted, squares, values)), list(map(weighted, bends, values))
+    bent = list(map(weighted, bends, values)) if curved else []
+    return list(map(weighted, squares, values)), bent
 
 
 def _derivatives(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
@@ -230,6 +237,7 @@ def _estimated(
     i: int,
     spread: Any,
     carried: Sequence[int],
+    curved: bool,
 ) -> tuple[list[Any], list[Any]]:
     """The same by random signs ``z``: ``(J z) * (J t)`` and ``f''[z, t]`` for ``t = z*vx``."""
     fun, x = _carried(eqn, primals, i, carried), primals[i]
@@ -247,7 +255,7 @@ def _estimated(
     z = signs(eqn, i, x, samples)
     squares, bends = lax.map(along, z) if eqn.name in ONE_BY_ONE else jax.vmap(along)(z)
     wide = [y.astype(spread_dtype(y.dtype)).mean(0) for y in squares]
-    return wide, [bend.mean(0) for bend in bends]
+    return wide, [bend.mean(0) for bend in bends] if curved else []
 
 
 def _carried(eqn: Equation, primals: Sequence[Any], i: int, carried: Sequence[int]) -> Any:
