@@ -382,6 +382,12 @@ def reduction(program: Program, x: Node, axes: tuple[int, ...]) -> None:
     program.add(text, without(x.shape, axes, keepdims))
 
 
+def reordered(program: Program, x: Node, shape: Sequence[int]) -> Node:
+    """In one equation: the axes in another order, then another shape."""
+    order = program.rng.sample(range(len(x.shape)), len(x.shape))
+    return program.add(f"jax.lax.reshape({x}, {tuple(shape)}, {tuple(order)})", tuple(shape))
+
+
 def view(program: Program) -> None:
     x = program.pick()
     axis = program.rng.randint(0, len(x.shape))
@@ -389,6 +395,7 @@ def view(program: Program) -> None:
     program.choose(
         lambda: program.add(f"{x}.reshape(-1)", (math.prod(x.shape),)),
         lambda: program.add(f"{x}.reshape({x.shape[::-1]})", x.shape[::-1]),
+        lambda: reordered(program, x, x.shape),
         lambda: program.add(f"jnp.expand_dims({x}, {axis})", wider),
         lambda: program.add(f"jnp.squeeze({x})", [n for n in x.shape if n > 1]),
         lambda: program.add(
@@ -861,7 +868,10 @@ def views(rng: random.Random) -> Case:
         factors = [n for n in x.shape if n > 1]
         shape = (x.shape[::-1], factors, (1, *factors), (*factors, 1), (math.prod(factors),), frame)
         shape = rng.choice([s for s in shape if math.prod(s) == math.prod(x.shape)])
-        program.add(f"{x}.reshape({tuple(shape)})", shape)
+        if rng.random() < 0.2:
+            reordered(program, x, shape)
+        else:
+            program.add(f"{x}.reshape({tuple(shape)})", shape)
 
     def broadcast() -> None:
         x = program.pick()
@@ -980,6 +990,7 @@ def moved(program: Program, x: Node) -> Node:
             (f"{x}[::-1]", x.shape),
             (f"{x}[:{half}]", (half, *x.shape[1:])),
             (f"{x}.reshape(-1)", (math.prod(x.shape),)),
+            (f"jax.lax.reshape({x}, {x.shape}, {tuple(order)})", x.shape),
             (f"jnp.roll({x}, 1, 0)", x.shape),
             (f"{x}[jnp.array([{x.shape[0] - 1}])]", (1, *x.shape[1:])),
         )
@@ -1206,8 +1217,9 @@ IDENTITIES: tuple[Callable[[Any], Any], ...] = (
     lambda x: jax.lax.optimization_barrier(x),
     lambda x: x.reshape(-1).reshape(x.shape),
     lambda x: x.T.T,
+    lambda x: jax.lax.reshape(x.T, x.shape, range(x.ndim)[::-1]),
     lambda x: jnp.pad(x, 1)[tuple(slice(1, -1) for _ in x.shape)] if x.ndim else x,
-    lambda x: jnp.flip(jnp.flip(x)) if x.ndim else x,
+    lambda x: jnp.flip(jnp.flip(x)),
     lambda x: x[..., None][..., 0],
     lambda x: jnp.concatenate([x, x])[: len(x)] if x.ndim else x,
     lambda x: jax.checkpoint(lambda y: jnp.expand_dims(y, 0))(x)[0],

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BINARY, CASES, MATRIX, ORDERS_COMPLEX, PAIRS, UNARY, bcoo, normal
+from cases import BINARY, CASES, MATRIX, ORDERS_COMPLEX, PAIRS, UNARY, assert_close, bcoo, normal
 from equinox.internal import nondifferentiable_backward, while_loop
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -32,6 +32,17 @@ def test_equals_dense_algebra(name):
     # float32 in the middle of a float64 program leaves float32's rounding.
     rtol = 1e-6 if name in ("convert_element_type", "dot_general to another dtype") else 1e-9
     check_rule(fun, *args, key=jax.random.key(3), rtol=rtol)
+
+
+def test_the_gradient_is_rounded_where_jax_rounds_it():
+    def loss(x):
+        return jnp.sum(lax.reduce_precision(jnp.sin(x), 5, 2) ** 2)
+
+    x = jnp.linspace(0.1, 1.3, 7)
+    grad, hess_diag = hs.hesscale(loss)(x)
+    np.testing.assert_array_equal(grad, jax.grad(loss)(x))
+    rounded = lax.reduce_precision(jnp.sin(x), 5, 2)
+    assert_close(hess_diag, 2 * (jnp.cos(x) ** 2 - rounded * jnp.sin(x)))
 
 
 # Of these, the functions fix a shape, or one line of them reads entries of another.

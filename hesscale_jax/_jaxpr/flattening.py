@@ -179,11 +179,11 @@ class _Builder:
             elif branch := self._branch(eqn, inputs):
                 within = (eqn, *callers), region
                 results = self.inline(branch, inputs[1:], *within, in_parts=in_parts)
-            elif source := self._moves.unmoved(eqn, inputs):
-                results = [source]
             elif rewritten := rewritten_as(eqn):
                 closed = trace(rewritten, *(v.aval for v in eqn.invars))
                 results = self.inline(closed, inputs, (eqn, *callers), region, written=False)
+            elif source := self._moves.unmoved(eqn, inputs):
+                results = [source]
             elif eqn.primitive.name in SCATTERS and self._scatters_constants(inputs):
                 apart = trace(scattered_apart(eqn), *(v.aval for v in eqn.invars))
                 results = self.inline(apart, inputs, (eqn, *callers), region, written=False)

@@ -169,8 +169,8 @@ class Moves:
         """
         x, nothing = inputs[0], (0, None, np.zeros(0))
         if eqn.primitive.name == "rev":
-            axis, *more = eqn.params["dimensions"]
-            if more or not isinstance(x.shape[axis], int):
+            axes = eqn.params["dimensions"]
+            if len(axes) != 1 or not isinstance(x.shape[axis := axes[0]], int):
                 return nothing
             return self._composed(x, axis, np.arange(x.shape[axis])[::-1])
         numbers, found = eqn.params["dimension_numbers"], self._numbers.of(inputs[1])

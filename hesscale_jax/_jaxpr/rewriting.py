@@ -140,6 +140,9 @@ def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[b
 
 def rewritten_as(eqn: Any) -> Callable[..., Any] | None:
     """An equation that renames positions alone, as views, each of one operand."""
+    if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
+        shape, sharding = eqn.params["new_sizes"], eqn.params["sharding"]
+        return lambda x: lax.reshape(lax.transpose(x, order), shape, out_sharding=sharding)
     if eqn.primitive.name == "stack" and len(eqn.invars) == 1:
         return lambda x: lax.reshape(x, eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "transpose":

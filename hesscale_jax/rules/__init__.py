@@ -86,8 +86,10 @@ RULES: Mapping[Any, Any] = MappingProxyType(
         "sub": linear(1.0, -1.0),
         "neg": linear(-1.0),
         **dict.fromkeys(("convert_element_type", "copy", "name"), linear(1.0)),
-        "reduce_precision": linear(1.0),
-        "sharding_constraint": dataclasses.replace(linear(1.0), own_jvp=True),
+        **dict.fromkeys(
+            ("reduce_precision", "sharding_constraint"),  # which JAX applies to the tangent too
+            dataclasses.replace(linear(1.0), own_jvp=True),
+        ),
         "select_n": d.select,
         "clamp": d.clamp,
         "mul": d.mul,
