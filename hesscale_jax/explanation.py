@@ -48,10 +48,14 @@ RENAMINGS = frozenset(
 # Selections of which one entry's result shares entries with another's.
 MIXING = frozenset(
     (
-        *("broadcast_in_dim", "cumsum", "gather", "psum", "psum_invariant", "reduce_scatter"),
-        *("reduce_window_sum", "scatter-add", "tile"),
+        *("bcoo_extract", "bcoo_sum_duplicates", "bcoo_todense", "bcsr_extract", "bcsr_todense"),
+        *("broadcast_in_dim", "coo_todense", "csr_todense", "cummax", "cummin", "cumsum", "gather"),
+        *("psum", "psum_invariant", "reduce_scatter", "reduce_window_sum", "scatter-add", "tile"),
+        "todense",
     )
 )
+WINDOWS = frozenset(("reduce_window_max", "reduce_window_min", "select_and_gather_add"))
+WINDOWS |= {"select_and_scatter_add"}
 
 
 def explain(
@@ -334,6 +338,7 @@ class _Explanation:
         else:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
+            mixes = mixes or (first.name in WINDOWS and _overlap(first))
         return mixes and any(
             size(v.shape) > 1 and not self._head.is_affine_in(v) for v in unit.results
         )
@@ -549,3 +554,12 @@ def _library_line(eqn: Equation) -> str:
 
 def _place(frame: Any) -> str:
     return f"{frame.file_name}:{frame.start_line}" if frame else ""
+
+
+def _overlap(eqn: Equation) -> bool:
+    """Whether two windows may share an entry."""
+    sizes, steps = eqn.params["window_dimensions"], eqn.params["window_strides"]
+    dilated = any(
+        by != 1 for name in ("base_dilation", "window_dilation") for by in eqn.params.get(name, ())
+    )
+    return dilated or any(n > by for n, by in zip(sizes, steps, strict=True))

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Struct
 from jax import nn
+from jax.experimental import sparse
 
 import hesscale_jax as hs
 from benchmarks import models
@@ -315,6 +316,28 @@ def test_where_nothing_is_dropped_the_diagonal_is_exact():
             expected = jnp.diagonal(hessian).reshape(arg.shape)
             np.testing.assert_allclose(diagonal, expected, rtol=1e-9, atol=1e-9)
     assert found
+
+
+def pooled(x, by):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2), by, "VALID")
+
+
+COPYING = {  # an entry of the operand may be several of the result
+    "cummax": lambda x: jax.lax.cummax(x, 1),
+    "cummin": lambda x: jax.lax.cummin(x, 0),
+    "pooling": lambda x: pooled(x, (2, 1)),
+    "sparse": lambda x: sparse.BCOO((x[0], np.array([[0], [1], [0]])), shape=(2,)).todense(),
+}
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_what_copies_entries_is_named(name):
+    report = hs.explain(lambda x: jax.nn.logsumexp(COPYING[name](x)))(array(4, 3))
+    assert report.mixing
+
+
+def test_windows_that_share_no_entry_copy_none():
+    assert drops_nothing(hs.explain(lambda x: jax.nn.logsumexp(pooled(x, (2, 2))))(array(4, 4)))
 
 
 def test_arguments_go_by_their_path():
