@@ -434,6 +434,7 @@ BLOCKS: dict[str, Case] = {
         normal(2, 4, 3), normal(4, 3, 2),
     ),
     # Side by side
+    "stack of the rows of one array": (lambda x: nn.softmax(jnp.stack(jnp.sin(x), 1), 0), x),
     "stack of two": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)], 2), 2), x),
     "stack of two, in front": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)]), 0), x),
     "stack of two, between": (lambda x: nn.softmax(jnp.stack([jnp.sin(x) * jnp.exp(x), jnp.exp(x)], 1), 1), x),
