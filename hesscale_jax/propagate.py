@@ -362,9 +362,13 @@ class _Walk:
 
     @functools.cached_property
     def _home(self) -> dict[Value, Block]:
-        """The block that makes a value."""
-        made = ((v, block) for eqn, block in self.plan.blocks.items() for v in eqn.outputs)
-        return {v: block for v, block in made if v in block.spans}
+        """The block that makes a value; what a loop stacks leaves it, though it may come back."""
+        home = {}
+        for eqn, block in self.plan.blocks.items():
+            through = self.plan.loops.get(eqn)
+            made = eqn.outputs if through is None else [eqn.outputs[i] for i in through.carries]
+            home.update((v, block) for v in made if v in block.spans)
+        return home
 
     @functools.cached_property
     def _readers(self) -> dict[Value, list[Equation]]:

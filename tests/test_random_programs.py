@@ -78,6 +78,11 @@ def test_random_program(family: str) -> None:
     run()
 
 
+def test_what_a_loop_stacks_comes_back_into_its_block_beyond_a_checkpoint() -> None:
+    with programs.whole():
+        programs.check_reference(programs.control(random.Random(3200000354)))
+
+
 @pytest.mark.parametrize("family", ["meeting", "units", "loop"])
 def test_traced_again_it_is_the_same_program(family: str) -> None:
     # In several processes too, which have to run the same: no order is that of a set.
