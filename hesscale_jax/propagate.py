@@ -363,7 +363,7 @@ class _Walk:
     @functools.cached_property
     def _home(self) -> dict[Value, Block]:
         """The block that makes a value; what a loop stacks leaves it, though it may come back."""
-        home = {}
+        home: dict[Value, Block] = {}
         for eqn, block in self.plan.blocks.items():
             through = self.plan.loops.get(eqn)
             made = eqn.outputs if through is None else [eqn.outputs[i] for i in through.carries]
