@@ -54,6 +54,8 @@ MIXING = frozenset(
         "todense",
     )
 )
+
+# And these, where windows overlap.
 WINDOWS = frozenset(("reduce_window_max", "reduce_window_min", "select_and_gather_add"))
 WINDOWS |= {"select_and_scatter_add"}
 

@@ -139,7 +139,7 @@ def _count_in(closed: core.ClosedJaxpr, moves: Sequence[bool], knows: Sequence[b
 
 
 def rewritten_as(eqn: Any) -> Callable[..., Any] | None:
-    """An equation that renames positions alone, as views, each of one operand."""
+    """An equation that moves entries alone, as simpler ones, each of one operand."""
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
         shape, sharding = eqn.params["new_sizes"], eqn.params["sharding"]
         return lambda x: lax.reshape(lax.transpose(x, order), shape, out_sharding=sharding)
