@@ -1,5 +1,6 @@
 """Settings of all tests: float64, no implicit promotion of dtypes or ranks, fixed examples."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -22,6 +23,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing leaves millions of small objects that live: looking through them took 5 to 10 %.
+gc.set_threshold(50_000, 20, 20)
 
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("reproducible")
