@@ -138,6 +138,8 @@ class Factor:
       safe: Whether it stays as it is behind a gate: what is known, or an operand of a product,
         by which JAX's gradient multiplies what the gate closes too.
       made_of: The factors that it is computed from, if it is from these alone.
+      multiplied: How many multiplications one sum of products takes, the largest of those that it
+        is computed from, if these were multiplied out.
       serial: A number that grows from one to the next: an order that is the same in each process.
     """
 
@@ -150,6 +152,7 @@ class Factor:
     finite: bool = True
     safe: bool = False
     made_of: "tuple[Factor, ...]" = ()
+    multiplied: int = 0
     serial: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def mapped(self, function: Callable[[Any], Any], shape: Sequence[int]) -> "Factor":
@@ -257,7 +260,8 @@ def _made_of(
     """A factor that is computed from others."""
     finite, safe = (all(getattr(f, name) for f in factors) for name in ("finite", "safe"))
     made = Factor(tuple(shape), _reads(factors), compute, finite=finite, safe=safe)
-    return dataclasses.replace(made, made_of=tuple(factors))
+    multiplied = max((f.multiplied for f in factors), default=0)
+    return dataclasses.replace(made, made_of=tuple(factors), multiplied=multiplied)
 
 
 def added(a: Factor, b: Factor, of_a: float, of_b: float) -> Factor:
@@ -622,16 +626,17 @@ def _axis_of(index: Factor, rank: int, size: int) -> int | None:
 
 def _contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     """The sum over some axes of a product."""
-    shape = list(np.broadcast_shapes(*(f.shape for f in factors)))
-    for dim in dims:
-        shape[dim] = 1
+    full = np.broadcast_shapes(*(f.shape for f in factors))
+    shape = [1 if i in dims else n for i, n in enumerate(full)]
     kept = [i for i, n in enumerate(shape) if n != 1]
     sizes = tuple(shape[i] for i in kept)
 
     def contract(read: Reader) -> Any:
         return _product([_operand(f, range(len(shape)), read) for f in factors], kept, sizes)
 
-    return _made_of(sizes, factors, contract).reshaped(shape)
+    made = _made_of(sizes, factors, contract)
+    multiplied = max(made.multiplied, math.prod(full))
+    return dataclasses.replace(made, multiplied=multiplied).reshaped(shape)
 
 
 def _operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:
@@ -829,14 +834,17 @@ class Form:
     @property
     def reads(self) -> frozenset[Value]:
         """The values from which its factors and indices are computed."""
-        arrays = [
-            f
-            for terms in self.of.values()
-            for term in terms
-            for f in (*term.factors, *term.at, *term.gates)
-            if isinstance(f, Factor)
-        ]
-        return frozenset(v for v in _reads(arrays) if isinstance(v, Value))
+        return frozenset(v for v in _reads(self._arrays) if isinstance(v, Value))
+
+    @property
+    def multiplied(self) -> int:
+        """How many multiplications its arrays take, about."""
+        return sum(f.multiplied for f in self._arrays)
+
+    @property
+    def _arrays(self) -> list[Factor]:
+        arrays = (a for ts in self.of.values() for t in ts for a in (*t.factors, *t.at, *t.gates))
+        return [a for a in arrays if isinstance(a, Factor)]
 
 
 def placed(f: Factor, rank: int, at: Sequence[int]) -> Factor:

@@ -2,7 +2,7 @@
 
 The sources are the program's inputs and what is curved in them. To first order, a function entry by
 entry of leaves' entries is an image of the leaves; after the last product, so is one of their
-images, through the curved functions of one block. A product with a constant is an image of what
+images, through the curved functions of one block, or of several where that costs little. A product with a constant is an image of what
 the other factor is one of; of two factors that move, it is an image of the leaves alone. What else
 it mixes, the method takes as independent: the :class:`Part` of the product that has no form.
 A loop of affine steps makes an image of what each of them reads.
@@ -11,6 +11,7 @@ What is read by one block, or multiplied with each other, *meets* if both are im
 a source, or one of them takes an entry in more than once. Then spreads entry by entry do not do.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -56,6 +57,10 @@ from hesscale_jax.rules.selection import Selection, extremum
 __all__ = ["Images", "Part", "images_of"]
 
 
+class TooMuch(Exception):
+    """Deep forms would take too much."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """What a product varies by, entry by entry, beside its images of leaves.
@@ -81,15 +86,29 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 # ADDED_PER_EQUATION for each of its own, whichever is more.
 SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 600, 7
 
-# What covariances take, beyond what is always taken: this many times the program's multiplications,
-# and arrays this many times as large as its largest.
-MOST_MULTIPLIED, MOST_LARGER = 16, 4
+# Deep forms are used if their covariances take about so many equations or fewer.
+MOST_DEEP = 800
 
-# What they may always take.
-ALWAYS = _jaxpr.Work(2**24, 2**22)
 
-# Of fewer pairs of an entry and one of a source, that is not looked at.
-FEW_PAIRS = 2**20
+class Budget(NamedTuple):
+    """What covariances may take.
+
+    Attributes:
+      multiplied: How many times the program's multiplications.
+      larger: How many times as large as the program's largest their arrays may be.
+      always: What they may take in any case.
+      pairs: Of fewer pairs of an entry and one of a source, and fewer multiplications in factors,
+        what they take is not looked at.
+    """
+
+    multiplied: int
+    larger: int
+    always: _jaxpr.Work
+    pairs: int
+
+
+SHALLOW = Budget(16, 4, _jaxpr.Work(2**24, 2**22), 2**20)
+DEEP = Budget(16, 2, _jaxpr.Work(2**17, 2**14), 2**14)
 
 # Their slopes are finite where their operands are.
 SMOOTH = {"abs", "asinh", "atan", "cos", "erf", "integer_pow", "logistic", "sin", "square", "tanh"}
@@ -133,12 +152,16 @@ def images_of(
     last: Iterable[Value],
     apart: Iterable[Value] = frozenset(),
 ) -> "Images":
-    """The forms of a program's values: those near the loss, if all would be too many.
+    """The forms of a program's values: deep ones, if these cost little, else those near the loss.
 
     What they add to a program so grows with its length, and no faster. The arguments are those of
     :class:`Images`.
     """
     given = steps, frozenset(leaves), frozenset(last), frozenset(apart)
+    with contextlib.suppress(TooMuch):
+        found = Images(*given, deep=True)
+        if found.equations(MOST_DEEP) <= MOST_DEEP:
+            return found
     found = Images(*given)
     count = len(steps.rules)
     most = max(MOST_ADDED, ADDED_PER_EQUATION * count)
@@ -172,6 +195,7 @@ class Images:
         last: Iterable[Value],
         apart: Iterable[Value] = frozenset(),
         since: int = 0,
+        deep: bool = False,
     ) -> None:
         """Find the forms of all values on a path.
 
@@ -181,9 +205,15 @@ class Images:
           last: The outputs after which nothing mixes entries, as after a network's last layer.
           apart: The inputs that no form is to be in.
           since: The number of the equation since which a value may have more than one term.
+          deep: Whether forms go through the curved functions of more than one block, and the last
+            product is one of two values that do not depend on the same inputs.
+
+        Raises:
+          TooMuch: If what meets takes more than what deep forms may.
         """
         self._steps = steps
-        self.last = frozenset(_unmixed(steps, last))
+        self._deep = deep
+        self.last = frozenset(_unmixed(steps, last, deep))
         self._apart = frozenset(apart)
         self._forms: dict[Value, Form] = {}
         self._leaves = frozenset(leaves)
@@ -231,7 +261,7 @@ class Images:
         last = {y for y, v in zip(outputs, eqn.outputs, strict=True) if v in self.last}
         while True:
             # What a step hands on is read by all that comes after in the next one.
-            unmixed = _unmixed(steps, last)
+            unmixed = _unmixed(steps, last, self._deep)
             handed_on = {
                 outputs[i]
                 for i, j in body.carry.items()
@@ -337,8 +367,9 @@ class Images:
           forms: Their forms.
           covariances: Computes them from a function that gives sources' spreads, and a reader.
         """
+        budget = DEEP if self._deep else SHALLOW
         pairs = (math.prod((*form.shape, *x.shape)) for form in forms for x in form.of)
-        if sum(pairs) <= FEW_PAIRS:
+        if sum(pairs) + sum(form.multiplied for form in forms) <= budget.pairs:
             return True
 
         def compute() -> Any:
@@ -354,8 +385,11 @@ class Images:
         traced = _jaxpr.trace(compute)
         taken, program = _jaxpr.work(traced.jaxpr.eqns), self._work
         count = self._multiplications + taken.multiplications
-        most = max(ALWAYS.multiplications, MOST_MULTIPLIED * program.multiplications)
-        if count > most or taken.largest > max(ALWAYS.largest, MOST_LARGER * program.largest):
+        most = max(budget.always.multiplications, budget.multiplied * program.multiplications)
+        largest = max(budget.always.largest, budget.larger * program.largest)
+        if count > most or taken.largest > largest:
+            if self._deep:
+                raise TooMuch
             self.cut.add(place)
             return False
         self._multiplications = count
@@ -390,7 +424,7 @@ class Images:
         for reached in (self._multiplied, self._bent):
             if not reached.isdisjoint(self._active(eqn)):
                 reached.update(eqn.outputs)
-        if eqn.name == "dot_general" or (eqn.name == "reduce_sum" and self._adds_up_an_image(eqn)):
+        if eqn.name == "dot_general" or any(map(_adds_up, forms or ())):
             self._multiplied.update(eqn.outputs)
         for value, form in zip(eqn.outputs, forms or (), strict=False):
             form = _of_few_terms(form, *limits)
@@ -410,14 +444,6 @@ class Images:
         inside = block is not None and any(self._home.get(x) is block for x in form.of)
         terms = [t for terms in form.of.values() for t in terms]
         return not inside or (len(terms) == 1 and not terms[0].summed)
-
-    def _adds_up_an_image(self, eqn: Equation) -> bool:
-        """Whether an equation takes a leaf, or an image whose factors are finite."""
-        (x,) = eqn.inputs
-        return x in self._leaves or (
-            x not in self.of(x).of
-            and all(t.finite for terms in self.of(x).of.values() for t in terms)
-        )
 
     def _is_cut(self, eqn: Equation) -> bool:
         block = self._steps.blocks.get(eqn)
@@ -447,7 +473,7 @@ class Images:
         (y,), shape = eqn.outputs, tuple(eqn.outputs[0].shape)
         forms = [_aligned(self.of(eqn.inputs[i]), shape) for i in active]
         bends = not rule.affine(active)
-        last = y in self.last and self._multiplied.issuperset(self._active(eqn))
+        last = y in self.last and not self._multiplied.isdisjoint(self._active(eqn))
         entrywise = all(
             (x in self._leaves or (last and isinstance(x, Part)))
             and len(terms) <= MOST_TERMS
@@ -462,10 +488,10 @@ class Images:
         finite = last or all(t.finite for form in forms for ts in form.of.values() for t in ts)
         if (not entrywise and bends) or (chosen and not (entrywise and finite)):
             return self._source(eqn, rule, cuts, active)
-        if bends and any(t.summed for form in forms for terms in form.of.values() for t in terms):
+        if bends and not self._deep and any(map(_adds_up, forms)):
             block = self._steps.blocks.get(eqn)
             if any(self._home.get(v) is not block for v in self._bent.intersection(eqn.inputs)):
-                return None  # of what another block makes: forms would grow from block to block
+                return None  # of what another block makes
             self._bent.add(y)
         image = Form(shape, {})
         for i, form in zip(active, forms, strict=True):
@@ -532,8 +558,7 @@ class Images:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
             by = placed(dataclasses.replace(of_atom(other), safe=True), len(frame), places[1 - i])
             form = full[i]
-            summed = any(t.summed for terms in form.of.values() for t in terms)
-            if operand in self._bent or (len(active) == 2 and summed and not meets):
+            if operand in self._bent or (len(active) == 2 and not meets and _adds_up(form)):
                 form = identity(operand).placed(frame, places[i])
             image = form.times(by).summed(contracted).reshaped(shape)
             mixed = image.of.keys() - self._separate
@@ -544,15 +569,30 @@ class Images:
         return [y.plus(identity(Part(eqn.outputs[0], parts))) if parts.of else y]
 
 
-def _unmixed(steps: Plan, last: Iterable[Value]) -> set[Value]:
-    """The values after which no product, and no rule of another kind, mixes entries."""
+def _adds_up(form: Form) -> bool:
+    """Whether a term adds up entries of its source."""
+    return any(t.summed for terms in form.of.values() for t in terms)
+
+
+def _unmixed(steps: Plan, last: Iterable[Value], deep: bool) -> set[Value]:
+    """The values after which no product, and no rule of another kind, mixes entries.
+
+    Going deep, nor does a product of two that depend on the same inputs.
+    """
     read, mixed = set(last), set[Value]()
+    reached: dict[Value, frozenset[Value]] = {}  # the inputs that a value depends on
+    for eqn in steps.rules:
+        of = (reached.setdefault(v, frozenset([v])) for v in eqn.inputs if v in steps.active)
+        reached.update(dict.fromkeys(eqn.outputs, frozenset[Value]().union(*of)))
     for eqn, rule in reversed(steps.rules.items()):
         active = [v for v in eqn.inputs if v in steps.active]
         keeps = (
             eqn in steps.blocks
             or isinstance(rule, Selection | Pointwise)
-            or (isinstance(rule, Multilinear) and len(active) == 1)
+            or (
+                isinstance(rule, Multilinear)
+                and (len(active) == 1 or (deep and len({reached.get(v, v) for v in active}) == 1))
+            )
             or (isinstance(rule, ControlFlow) and _only_selects(eqn))
             or _is_linear(eqn, [i for i, v in enumerate(eqn.inputs) if v in steps.active])
         )

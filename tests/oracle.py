@@ -32,7 +32,7 @@ import hesscale_jax as hs
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Value
 from hesscale_jax.blocks import Loop, Plan, loop, plan
-from hesscale_jax.images import Images, Part
+from hesscale_jax.images import Images, Part, images_of
 from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.table import find
 
@@ -120,7 +120,7 @@ def backward(
     """The cotangents of a program's inputs from those of its outputs."""
     wanted = [v for v, x in zip(program.outputs, cotangents, strict=True) if x is not None]
     steps = plan(program, moving, wanted, find_rule)
-    images = Images(steps, leaves, last)
+    images = images_of(steps, leaves, last)
     env = evaluate(program, primals)
     came_back: dict[Value, Cotangents] = {}
 

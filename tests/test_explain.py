@@ -343,11 +343,9 @@ def test_windows_that_share_no_entry_copy_none():
 def test_arguments_go_by_their_path():
     def loss(x, params, *more):
         (w,) = params["layer"]
-        return jnp.sum((jnp.tanh(x @ w) @ w) ** 2) + jnp.sum(
-            (more[0] @ more[0] @ more[0] @ more[0]) ** 2
-        )
+        return jnp.sum((jnp.tanh(x @ w) @ more[0] @ w @ more[0]) ** 2)
 
-    report = hs.explain(loss, argnums=(2, 1))(array(5, 3), {"layer": [array(3, 3)]}, array(4, 4))
+    report = hs.explain(loss, argnums=(2, 1))(array(5, 3), {"layer": [array(3, 3)]}, array(3, 3))
     assert {entry.value for entry in report.dropped} == {"params['layer'][0]", "args[2]"}
 
 

@@ -88,6 +88,15 @@ def dice_of(prob):
     return (1 - (2 * (prob * hot).sum(0) + 1) / ((prob + hot).sum(0) + 1)).mean()
 
 
+def unit(z):
+    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def gradient_penalty(w):
+    slope = jax.grad(lambda x: jnp.tanh(x @ w).sum())(x.astype(w.dtype))
+    return (jnp.linalg.norm(slope) - 1) ** 2
+
+
 def distances(r):
     return jnp.sqrt(((r[None] - r[:, None]) ** 2).sum(-1) + 1e-2).sum()
 
@@ -484,6 +493,22 @@ LINES = {
             lambda w: jnp.logaddexp(v := (X.T * jnp.cos(w)).sum(1), 2 * jnp.cumsum(v)).sum() ** 2,
             x[:, None],
         ),
+    ],
+    "What blocks make of images one after the other": [
+        (lambda w: dice(X @ w), A[:, :3]),
+        (lambda w: (jax.nn.softmax(z := X @ w, 0) * jax.nn.softmax(z, 1)).sum(), A),
+        (lambda w: ((jax.nn.softmax(X @ w) @ A - X) ** 2).sum(), A),
+        (lambda w: jax.nn.logsumexp(3 * unit(X @ w) @ A, -1).sum(), A),
+        (lambda w: (jax.nn.relu(jnp.tanh(X @ w) @ A) @ B).var(), A),
+        (gradient_penalty, A),
+    ],
+    "Bilinear forms of what a block makes": [
+        (lambda w: (p := jax.nn.softmax(w)) @ A @ p, x),
+        (lambda w: (B[:, 0] @ (p := jax.nn.softmax(w))) / jnp.sqrt(p @ A @ A.T @ p), x),
+        (lambda w: (p := w / jnp.linalg.norm(w)) @ A @ p, x),
+        (lambda w: jnp.trace((p := jax.nn.softmax(X @ w)).T @ (X @ X.T) @ p), A),
+        (lambda w: ((jnp.tanh(X @ w) @ w.T - X) ** 2).sum(), A),
+        (lambda w: jnp.tanh(w @ w @ w @ w).sum(), A / 4),
     ],
     "A scalar that is read along several axes": [
         (lambda s: (jnp.logaddexp(B[:1], y := jnp.sin(s)) * (B * y)).sum(), x[:1, None]),

@@ -322,6 +322,54 @@ def test_covariances_take_little_more_than_the_gradient(loss):
     assert cut == (loss is distances)
 
 
+def frozen(w, rows=96):
+    """Layers of frozen weights after a trained one, as wide."""
+    z = EXAMPLES[:rows, : w.shape[0]]
+    for layer in (w, *[0.1 * WIDE[: w.shape[0], : w.shape[0]]] * 2):
+        z = jnp.tanh(z @ layer)
+    return jnp.mean(z**2)
+
+
+def attention(w):
+    h = (EXAMPLES[:, :32] @ w).reshape(4, 24, 32)
+    scores = jnp.einsum("btd,bsd->bts", h @ WIDE[:32, :32], h)
+    return jnp.mean((h + nn.softmax(scores) @ h) ** 2)
+
+
+@pytest.mark.parametrize(("loss", "size"), [(frozen, 128), (frozen, 32), (attention, 32)])
+def test_what_frozen_layers_make_is_followed_only_if_small(loss, size):
+    w = WIDE[:size, :size]
+    ours, gradient_s = (
+        _jaxpr.work(_jaxpr.trace(transform(loss), w).jaxpr.eqns)
+        for transform in (hs.value_and_hesscale, jax.value_and_grad)
+    )
+    assert ours.multiplications < 2 * gradient_s.multiplications
+    assert ours.largest <= 2 * gradient_s.largest
+
+    def small(w):
+        return frozen(w, rows=3)
+
+    w = WIDE[:3, :3]
+    _, diagonal = hs.hesscale(small)(w)
+    expected = jnp.diag(jax.hessian(small)(w).reshape(9, 9)).reshape(3, 3)
+    np.testing.assert_allclose(diagonal, expected, rtol=0, atol=1e-12 * jnp.abs(expected).max())
+
+
+def test_a_small_result_of_a_large_sum_is_seen():
+    """A confusion matrix of few classes, and many examples."""
+
+    def confusion(w):
+        p = nn.softmax(EXAMPLES[:, :32].repeat(8, 0) @ w)
+        labels = nn.one_hot(jnp.arange(p.shape[0]) % 6, 6)
+        return jnp.sum((p.T @ labels) ** 2)
+
+    ours, gradient_s = (
+        _jaxpr.work(_jaxpr.trace(transform(confusion), WIDE[:32, :6]).jaxpr.eqns).multiplications
+        for transform in (hs.value_and_hesscale, jax.value_and_grad)
+    )
+    assert ours < 2 * gradient_s
+
+
 def test_what_would_take_more_is_cut_short():
     def pairs(rows):
         return lambda w: distances(w, EXAMPLES[:rows])
