@@ -84,16 +84,17 @@ def explain(
     Examples:
       >>> import jax.numpy as jnp
       >>> import hesscale_jax as hs
-      >>> def loss(w, x):
+      >>> def loss(w, u, x):
       ...     y = jnp.tanh(x @ w)
-      ...     return jnp.sum((y + y @ w) ** 2)
-      >>> report = hs.explain(loss)(jnp.ones((3, 3), "float32"), jnp.ones((5, 3), "float32"))
+      ...     return jnp.sum((y + y @ u @ w) ** 2)
+      >>> w, u, x = (jnp.ones((n, 3), "float32") for n in (3, 3, 5))
+      >>> report = hs.explain(loss, argnums=(0, 1))(w, u, x)
       >>> [step.rule for step in report.steps]
-      ['multilinear', 'block', 'multilinear', 'block']
+      ['multilinear', 'block', 'multilinear', 'multilinear', 'block']
       >>> for entry in report.dropped:
       ...     print(entry.value, "is read by", entry.read_by, "and meets in", entry.meet_in)
-      w is read by (0, 2) and meets in 2
-      f32[5,3] is read by (2, 3) and meets in 3
+      w is read by (0, 3) and meets in 3
+      f32[5,3] is read by (2, 4) and meets in 4
     """
     check_curvature(curvature, (*CURVATURES, *EXACT))
 

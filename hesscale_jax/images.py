@@ -2,10 +2,10 @@
 
 The sources are the program's inputs and what is curved in them. To first order, a function entry by
 entry of leaves' entries is an image of the leaves; after the last product, so is one of their
-images, through the curved functions of one block, or of several where that costs little. A product with a constant is an image of what
-the other factor is one of; of two factors that move, it is an image of the leaves alone. What else
-it mixes, the method takes as independent: the :class:`Part` of the product that has no form.
-A loop of affine steps makes an image of what each of them reads.
+images, through the curved functions of one block, or of several where that costs little. A product
+with a constant is an image of what the other factor is one of; of two factors that move, it is an
+image of the leaves alone. What else it mixes, the method takes as independent: the :class:`Part` of
+the product that has no form. A loop of affine steps makes an image of what each of them reads.
 
 What is read by one block, or multiplied with each other, *meets* if both are images of one entry of
 a source, or one of them takes an entry in more than once. Then spreads entry by entry do not do.
@@ -475,7 +475,7 @@ class Images:
         bends = not rule.affine(active)
         last = y in self.last and not self._multiplied.isdisjoint(self._active(eqn))
         entrywise = all(
-            (x in self._leaves or (last and isinstance(x, Part)))
+            (x in self._leaves or (last and (isinstance(x, Part) or x in self._separate)))
             and len(terms) <= MOST_TERMS
             and (last or not any(t.summed for t in terms))
             for form in forms

@@ -87,6 +87,8 @@ KINKED = (
     "where_positive(jnp.sqrt, jnp.where({0} > 0.2, {0}, 0.0))",
     "where_positive(lambda x: x**-2, jnp.where({0} > 0.3, {0}, 0.0))",
 )
+# What forms go through: no loop, nor what a choice cuts off of a leaf.
+BENT = (*SMOOTH[:14], "jax.nn.relu({0})", "jnp.abs({0})")
 BINARY = (
     "{0} + {1}",
     "{0} - {1}",
@@ -1064,6 +1066,52 @@ def meeting(rng: random.Random) -> Case:
     return case(program, program.choose("jnp.sum({})", "jnp.mean({})").format(z))
 
 
+# What blocks make of an image one after the other, and quadratic forms of that.
+NORMALIZED = (
+    "jax.nn.softmax({0}, {1})",
+    "{0} / jnp.sqrt(0.5 + jnp.sum({0}**2, {1}, keepdims=True))",
+    "{0} - jax.nn.logsumexp({0}, {1}, keepdims=True)",
+)
+FORMS = (
+    "jnp.sum({0} * ({1} @ {0}))",
+    "jnp.sum(({0}.T @ {1} @ {0})**2)",
+    "jnp.sum({0} @ {0}.T * {1})",
+    "jnp.mean({0}**2)",
+    "jnp.var({0})",
+    "jnp.log(1.0 + jnp.sum(jnp.mean({0}, 0)**2))",
+    "jnp.sum({0} * {1}[:, :1]) / jnp.sqrt(1.0 + jnp.sum({0}**2))",
+)
+
+
+def several(rng: random.Random) -> Case:
+    """A parameter or its image, through several blocks and products with constants."""
+    program = Program(rng)
+    rows, width = rng.choice(((3, 2), (2, 3), (4, 1), (3, 3), (1, 4)))
+    x = program.input((rows, width), exact=True)
+    if rng.random() < 0.7:
+        x = program.add(f"{program.constant((3, rows))} @ {x}", (3, width))
+    for _ in range(rng.randint(1, 2)):
+        for _ in range(rng.randint(0, 2)):
+            x = rng.choice((bent, mixed, turned))(program, x)
+        x = program.add(rng.choice(NORMALIZED).format(x, rng.randrange(2)), x.shape)
+    return case(program, rng.choice(FORMS).format(x, program.constant(x.shape[:1] * 2)))
+
+
+def bent(program: Program, x: Node) -> Node:
+    return program.add(program.choose(*BENT).format(x), x.shape)
+
+
+def turned(program: Program, x: Node) -> Node:
+    return program.add(
+        *program.choose(
+            (f"{x}[::-1]", x.shape),
+            (f"{x}.T", x.shape[::-1]),
+            (f"jnp.cumsum({x}, 0)", x.shape),
+            (f"{x}[:1] * {x}", x.shape),
+        )
+    )
+
+
 def linear(program: Program, x: Node, classes: int, bent: bool = True) -> Node:
     """``x @ weight + bias``."""
     weight = program.input((x.shape[1], classes), exact=True)
@@ -1313,6 +1361,12 @@ def hessian_diagonals(
     return [x.x for x in grads], diagonals
 
 
+def check_deep(test: Case) -> None:
+    """The diagonal is exact if forms may go through as many blocks as there are."""
+    with limits(MOST_TERMS=32, MOST_DEEP=math.inf, DEEP=images.SHALLOW):
+        check_diagonal(test)
+
+
 def check_gauss_newton(test: Case) -> None:
     """Gauss-Newton is exact too."""
     check_diagonal(test, "gauss_newton")
@@ -1427,6 +1481,7 @@ FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None
     "meeting": (meeting, check_diagonal),
     "plain_last_layer": (plain_last_layer, check_gauss_newton),
     "units": (units, check_diagonal),
+    "several": (several, check_deep),
     "penalized": (penalized, check_diagonal),
     "convex": (convex, check_convex),
     **{f"{name}, some": (draw, check_some) for name, draw in EXACT.items()},
@@ -1459,13 +1514,19 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
-    """Nothing is left out of long programs, of which the checks know nothing."""
-    short, images.SHORT = images.SHORT, math.inf
+def limits(**values: Any) -> Iterator[None]:
+    """What is followed, limited otherwise."""
+    before = {name: getattr(images, name) for name in values}
+    vars(images).update(values)
     try:
         yield
     finally:
-        images.SHORT = short
+        vars(images).update(before)
+
+
+def whole() -> contextlib.AbstractContextManager[None]:
+    """Nothing is left out of long programs, of which the checks know nothing."""
+    return limits(SHORT=math.inf)
 
 
 def fails(family: str, seed: int) -> bool:

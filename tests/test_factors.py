@@ -299,7 +299,8 @@ def test_factors_of_a_layer(name, curvature):
     plain = hs.value_and_factors(loss, curvature=curvature, weighted=False)
     _, (_, factors) = jax.jit(plain)(w, x)
     close(factors.inputs.reshape(inputs.shape), unweighted)
-    close(factors.hess_diag, jax.jit(hs.hesscale(loss, curvature=curvature))(w, x)[1])
+    if name != "twice":  # Without factors, forms follow both uses of its small matrix to the loss.
+        close(factors.hess_diag, jax.jit(hs.hesscale(loss, curvature=curvature))(w, x)[1])
     _, (_, factors) = jax.jit(hs.value_and_factors(loss, curvature=curvature, bases=given.inputs))(
         w, x
     )

@@ -36,6 +36,7 @@ EXAMPLES = {
     "meeting": 8,
     "plain_last_layer": 10,
     "units": 7,
+    "several": 10,
     "penalized": 8,
     "convex": 10,
     "chain, some": 4,
