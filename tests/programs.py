@@ -1362,9 +1362,10 @@ def hessian_diagonals(
 
 
 def check_deep(test: Case) -> None:
-    """The diagonal is exact if forms may go through as many blocks as there are."""
+    """The diagonal is exact if forms may go through as many blocks as there are, respelled too."""
     with limits(MOST_TERMS=32, MOST_DEEP=math.inf, DEEP=images.SHALLOW):
         check_diagonal(test)
+        check_respelled(test)
 
 
 def check_gauss_newton(test: Case) -> None:
