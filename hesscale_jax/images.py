@@ -158,11 +158,12 @@ def images_of(
     :class:`Images`.
     """
     given = steps, frozenset(leaves), frozenset(last), frozenset(apart)
-    with contextlib.suppress(TooMuch):
-        found = Images(*given, deep=True)
-        if found.equations(MOST_DEEP) <= MOST_DEEP:
-            return found
     found = Images(*given)
+    if found.stops:
+        with contextlib.suppress(TooMuch):
+            deep = Images(*given, deep=True)
+            if deep.equations(MOST_DEEP) <= MOST_DEEP:
+                return deep
     count = len(steps.rules)
     most = max(MOST_ADDED, ADDED_PER_EQUATION * count)
     if count > SHORT and found.equations(most) > most:
@@ -186,6 +187,7 @@ class Images:
       products: For each product of two images of one source, the forms of its factors.
       cut: The blocks and products whose images are left out, as they would take too much.
       needs: The equations at which forms are used, with what they need.
+      stops: Whether deep forms would go further.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class Images:
         self._steps = steps
         self._deep = deep
         self.last = frozenset(_unmixed(steps, last, deep))
+        self.stops = not deep and self.last != _unmixed(steps, last, True)
         self._apart = frozenset(apart)
         self._forms: dict[Value, Form] = {}
         self._leaves = frozenset(leaves)
@@ -491,6 +494,7 @@ class Images:
         if bends and not self._deep and any(map(_adds_up, forms)):
             block = self._steps.blocks.get(eqn)
             if any(self._home.get(v) is not block for v in self._bent.intersection(eqn.inputs)):
+                self.stops = True
                 return None  # of what another block makes
             self._bent.add(y)
         image = Form(shape, {})
@@ -558,6 +562,7 @@ class Images:
             operand, other = eqn.inputs[i], eqn.inputs[1 - i]
             by = placed(dataclasses.replace(of_atom(other), safe=True), len(frame), places[1 - i])
             form = full[i]
+            self.stops |= operand in self._bent
             if operand in self._bent or (len(active) == 2 and not meets and _adds_up(form)):
                 form = identity(operand).placed(frame, places[i])
             image = form.times(by).summed(contracted).reshaped(shape)
