@@ -478,7 +478,7 @@ class Images:
         bends = not rule.affine(active)
         last = y in self.last and not self._multiplied.isdisjoint(self._active(eqn))
         entrywise = all(
-            (x in self._leaves or (last and (isinstance(x, Part) or x in self._separate)))
+            (x in self._leaves or (last and isinstance(x, Part)))
             and len(terms) <= MOST_TERMS
             and (last or not any(t.summed for t in terms))
             for form in forms
