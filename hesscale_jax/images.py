@@ -586,7 +586,7 @@ def _unmixed(steps: Plan, last: Iterable[Value], deep: bool) -> set[Value]:
     """
     read, mixed = set(last), set[Value]()
     reached: dict[Value, frozenset[Value]] = {}  # the inputs that a value depends on
-    for eqn in steps.rules:
+    for eqn in steps.rules if deep else ():
         of = (reached.setdefault(v, frozenset([v])) for v in eqn.inputs if v in steps.active)
         reached.update(dict.fromkeys(eqn.outputs, frozenset[Value]().union(*of)))
     for eqn, rule in reversed(steps.rules.items()):
@@ -596,7 +596,7 @@ def _unmixed(steps: Plan, last: Iterable[Value], deep: bool) -> set[Value]:
             or isinstance(rule, Selection | Pointwise)
             or (
                 isinstance(rule, Multilinear)
-                and (len(active) == 1 or (deep and len({reached.get(v, v) for v in active}) == 1))
+                and (len(active) == 1 or (deep and len({reached[v] for v in active}) == 1))
             )
             or (isinstance(rule, ControlFlow) and _only_selects(eqn))
             or _is_linear(eqn, [i for i, v in enumerate(eqn.inputs) if v in steps.active])

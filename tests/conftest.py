@@ -24,7 +24,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # most of the time is
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tracing leaves millions of small objects that live: looking through them took 5 to 10 %.
+# Looking through the objects that tracing leaves, which live, would take 5 to 10 % of the time.
 gc.set_threshold(50_000, 20, 20)
 
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)

@@ -87,8 +87,8 @@ KINKED = (
     "where_positive(jnp.sqrt, jnp.where({0} > 0.2, {0}, 0.0))",
     "where_positive(lambda x: x**-2, jnp.where({0} > 0.3, {0}, 0.0))",
 )
-# What forms go through: no loop, nor what a choice cuts off of a leaf.
-BENT = (*SMOOTH[:14], "jax.nn.relu({0})", "jnp.abs({0})")
+# What forms go through: no loop, nor a choice between infinite slopes.
+FOLLOWED = (*SMOOTH[:14], "jax.nn.relu({0})", "jnp.abs({0})")
 BINARY = (
     "{0} + {1}",
     "{0} - {1}",
@@ -1092,13 +1092,13 @@ def several(rng: random.Random) -> Case:
         x = program.add(f"{program.constant((3, rows))} @ {x}", (3, width))
     for _ in range(rng.randint(1, 2)):
         for _ in range(rng.randint(0, 2)):
-            x = rng.choice((bent, mixed, turned))(program, x)
+            x = rng.choice((entrywise, mixed, turned))(program, x)
         x = program.add(rng.choice(NORMALIZED).format(x, rng.randrange(2)), x.shape)
     return case(program, rng.choice(FORMS).format(x, program.constant(x.shape[:1] * 2)))
 
 
-def bent(program: Program, x: Node) -> Node:
-    return program.add(program.choose(*BENT).format(x), x.shape)
+def entrywise(program: Program, x: Node) -> Node:
+    return program.add(program.choose(*FOLLOWED).format(x), x.shape)
 
 
 def turned(program: Program, x: Node) -> Node:

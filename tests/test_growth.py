@@ -346,6 +346,8 @@ def test_what_frozen_layers_make_is_followed_only_if_small(loss, size):
     assert ours.multiplications < 2 * gradient_s.multiplications
     assert ours.largest <= 2 * gradient_s.largest
 
+
+def test_what_small_frozen_layers_make_is_exact():
     def small(w):
         return frozen(w, rows=3)
 
