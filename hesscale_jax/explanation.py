@@ -20,11 +20,13 @@ import jax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Equation, Program, Value, size
-from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
+from hesscale_jax.blocks import Block, Plan
 from hesscale_jax.forms import Form
 from hesscale_jax.head import LossHead, names_output
 from hesscale_jax.images import Images, Part, images_of
 from hesscale_jax.layout import layouts
+from hesscale_jax.paths import Loop, loop
+from hesscale_jax.planning import plan
 from hesscale_jax.propagate import affine_in
 from hesscale_jax.report import Dropped, Report, Shared, Step
 from hesscale_jax.rules import RULES

@@ -23,10 +23,12 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Program, Value, size
-from hesscale_jax.blocks import Plan, loop, plan
+from hesscale_jax.blocks import Plan
 from hesscale_jax.examples import Examples, Mixed
 from hesscale_jax.head import LossHead, check_regions, names_output
 from hesscale_jax.moments import spread_dtype
+from hesscale_jax.paths import loop
+from hesscale_jax.planning import plan
 from hesscale_jax.propagate import Kept, affine_in
 from hesscale_jax.rules.table import find
 

@@ -19,42 +19,27 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Body, Constant, Equation, Value, is_inexact
-from hesscale_jax._mesh import at_mesh_of, lying, on_mesh, replicated
-from hesscale_jax.blocks import Block, Plan, is_affine
+from hesscale_jax._jaxpr import Body, Equation, Value
+from hesscale_jax.arrays import Blank, Factor, Reader, TooLarge, of_atom, placed
+from hesscale_jax.blocks import Block, Plan
+from hesscale_jax.covariances import are_apart, covariance, variance
 from hesscale_jax.factored import RENAMED
-from hesscale_jax.forms import (
-    Blank,
-    Factor,
-    Form,
-    Reader,
-    Term,
-    TooLarge,
-    are_apart,
-    combined,
-    covariance,
-    gated,
-    identity,
-    known,
-    of_atom,
-    placed,
-    side_by_side,
-    together,
-    variance,
-)
+from hesscale_jax.forms import Form, gated, identity
+from hesscale_jax.grouping import is_affine
 from hesscale_jax.moments import Moments
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import Multilinear, met, product_frame
-from hesscale_jax.rules.selection import Selection, extremum
+from hesscale_jax.rules.selection import Selection
+from hesscale_jax.selected import SELECTIONS
+from hesscale_jax.slopes import by_unit_vectors, is_linear, slope_in, slope_of_loop
+from hesscale_jax.terms import Term, together
 
-__all__ = ["Images", "Part", "images_of"]
+__all__ = ["Images", "Needs", "Part", "images_of"]
 
 
 class TooMuch(Exception):
@@ -108,16 +93,9 @@ class Budget(NamedTuple):
 
 
 SHALLOW = Budget(16, 4, _jaxpr.Work(2**24, 2**22), 2**20)
+
 DEEP = Budget(16, 2, _jaxpr.Work(2**17, 2**14), 2**14)
 
-# Their slopes are finite where their operands are.
-SMOOTH = {"abs", "asinh", "atan", "cos", "erf", "integer_pow", "logistic", "sin", "square", "tanh"}
-
-# Their slopes are finite anyhow, but for those of a sine at infinity, where it has no value.
-BOUNDED = {"asinh", "atan", "clamp", "cos", "erf", "logistic", "max", "min", "sin", "tanh"}
-
-# Linear in their operands, by matrices of no more entries than these.
-MOST_IN_MATRIX = 2**14
 
 # What may be run where a value's entries are to stay apart.
 MOVES = RENAMED | {"add", "and", "concatenate", "eq", "ge", "gt", "iota", "le", "lt", "mul", "ne"}
@@ -460,9 +438,9 @@ class Images:
             return made
         if eqn.name == "dot_general":
             return self._product(eqn, active)
-        if _is_linear(eqn, active):
+        if is_linear(eqn, active):
             wanted = [k for k, y in enumerate(eqn.outputs) if y in self._steps.active]
-            return _by_unit_vectors(eqn, {i: self.of(eqn.inputs[i]) for i in active}, wanted)
+            return by_unit_vectors(eqn, {i: self.of(eqn.inputs[i]) for i in active}, wanted)
         if not isinstance(rule, Selection):
             return None
         forms = [self.of(v) if v in self._steps.active else None for v in eqn.inputs]
@@ -499,7 +477,7 @@ class Images:
             self._bent.add(y)
         image = Form(shape, {})
         for i, form in zip(active, forms, strict=True):
-            slope = _slope(eqn, rule, i)
+            slope = slope_in(eqn, rule, i)
             if isinstance(slope, float):
                 image = image.plus(form, slope)
             else:
@@ -520,7 +498,7 @@ class Images:
         if len(terms) == 1 and not terms[0].summed:
             gates = terms[0].gates
         if cuts:
-            slope = _slope(eqn, rule, i)
+            slope = slope_in(eqn, rule, i)
             assert isinstance(slope, Factor)
             gates = (*gates, _aligned_factor(slope, shape))
         return [gated(y, gates)] if gates else None
@@ -541,7 +519,7 @@ class Images:
                 x = eqn.inputs[i]
                 if x not in through.depends[k]:
                     continue
-                slope = _slope_of_loop(eqn, i, k).reshaped(shape)
+                slope = slope_of_loop(eqn, i, k).reshaped(shape)
                 form = form.plus(self.of(x).reshaped(block.view(block.spans[x])).times(slope))
             forms[k] = form.reshaped(y.shape)
         return forms
@@ -599,7 +577,7 @@ def _unmixed(steps: Plan, last: Iterable[Value], deep: bool) -> set[Value]:
                 and (len(active) == 1 or (deep and len({reached[v] for v in active}) == 1))
             )
             or (isinstance(rule, ControlFlow) and _only_selects(eqn))
-            or _is_linear(eqn, [i for i, v in enumerate(eqn.inputs) if v in steps.active])
+            or is_linear(eqn, [i for i, v in enumerate(eqn.inputs) if v in steps.active])
         )
         moving = steps.active.intersection(eqn.outputs)
         if not keeps or not mixed.isdisjoint(moving) or not moving <= read:
@@ -699,162 +677,6 @@ def _overlap(s: Term, t: Term, dims: Sequence[int], rank: int) -> bool:
     return True
 
 
-# Pointwise
-
-
-def _slope(eqn: Equation, rule: Pointwise, i: int) -> Factor | float:
-    """The slope of an equation in an operand."""
-    if rule.slopes is not None:
-        return rule.slopes[i]
-    if eqn.name == "mul":
-        return of_atom(eqn.inputs[1 - i])
-    if eqn.name == "div" and i == 0:
-        other = of_atom(eqn.inputs[1])
-        return other.mapped(lambda x: 1 / x, other.shape)
-    if eqn.name == "select_n":
-        which = of_atom(eqn.inputs[0])
-        chosen = which.mapped(lambda x: x.astype("int32") == i - 1, which.shape)
-        return dataclasses.replace(chosen, safe=True)
-    (y,) = eqn.outputs
-    reads = frozenset(v for v in (*eqn.inputs, y) if isinstance(v, Value))
-
-    def slope(read: Reader) -> Any:
-        operands, result = list(map(read, eqn.inputs)), read(y)
-        if not _jaxpr.takes(eqn, operands):
-            operands = [_as(v, x) for v, x in zip(eqn.inputs, operands, strict=True)]
-            result = _as(y, result)
-        found, _ = rule.derivatives(eqn, result, operands, [i])
-        return jnp.broadcast_to(read.number(found.get(i, 0.0)), y.shape)
-
-    is_finite = eqn.name in SMOOTH and eqn.params.get("y", 1) >= 0
-    compute = _at_home(eqn, slope)
-    return Factor(tuple(y.shape), reads, compute, finite=is_finite, safe=eqn.name in BOUNDED)
-
-
-def _at_home(eqn: Equation, compute: Callable[[Reader], Any]) -> Callable[[Reader], Any]:
-    """The same on the mesh of an equation, which it runs."""
-
-    def compute_there(read: Reader) -> Any:
-        with at_mesh_of(eqn.outputs[0].aval):
-            return compute(read)
-
-    return compute_there
-
-
-def _slope_of_loop(eqn: Equation, i: int, k: int) -> Factor:
-    """The slope of a loop's result in an operand: linear, entry by entry."""
-
-    def slope(read: Reader) -> Any:
-        operands = [_as(v, x) for v, x in zip(eqn.inputs, map(read, eqn.inputs), strict=True)]
-
-        def result(x: Any) -> Any:
-            return _run(eqn, *operands[:i], x, *operands[i + 1 :])[k]
-
-        _, along = jax.jvp(result, [operands[i]], [jnp.ones_like(operands[i])])
-        return read.number(along)
-
-    reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
-    return Factor(tuple(eqn.outputs[k].shape), reads, _at_home(eqn, slope))
-
-
-def _is_linear(eqn: Equation, active: Sequence[int]) -> bool:
-    """Whether a solve, a window or a loop is affine in its operands at these positions."""
-    match eqn.name:
-        case "conv_general_dilated" | "reduce_window_sum":
-            return len(active) == 1
-        case "triangular_solve":
-            return active == [1]
-        case "custom_linear_solve":
-            return min(active) >= sum(eqn.params["const_lengths"])
-        case "scan":
-            return _is_linear_loop(eqn, active)
-    return _jaxpr.label(eqn) == "custom_jvp_call[complex.fft]"
-
-
-def _is_linear_loop(eqn: Equation, active: Sequence[int]) -> bool:
-    (body,) = eqn.bodies
-    if eqn.sources[0].effects:
-        return False  # They would take place again.
-    inputs, outputs = body.program.inputs, body.program.outputs
-    moving = {v for v, i in zip(inputs, body.inputs, strict=True) if i in active}
-    while True:
-        reached = set(moving)
-        for e in body.program.equations:
-            at = [i for i, v in enumerate(e.inputs) if v in reached]
-            if at and not _is_linear_step(e, at):
-                return False
-            reached.update(filter(is_inexact, e.outputs) if at else ())
-        more = {inputs[j] for i, j in body.carry.items() if outputs[i] in reached}
-        if more <= moving:
-            return True
-        moving |= more
-
-
-def _is_linear_step(eqn: Equation, at: Sequence[int]) -> bool:
-    if eqn.name in _jaxpr.IMAGES:
-        several = eqn.name not in _jaxpr.PRODUCTS or eqn.name == "select_n"
-        return (several or len(at) == 1) and not (eqn.name == "div" and at != [0])
-    if eqn.name in ("dynamic_update_slice", "scatter"):
-        return True
-    return eqn.name in RENAMED or _is_linear(eqn, at)
-
-
-def _by_unit_vectors(
-    eqn: Equation, forms: Mapping[int, Form], wanted: Sequence[int]
-) -> list[Form] | None:
-    """What is affine in operands, by matrices, if they are small."""
-    sizes = {k: math.prod(eqn.outputs[k].shape) for k in wanted}
-    into = {i: math.prod(eqn.inputs[i].shape) for i in forms}
-    if sum(sizes.values()) * sum(into.values()) > MOST_IN_MATRIX:
-        return None
-    images = [Form(tuple(y.shape), {}) for y in eqn.outputs]
-    for i, x in forms.items():
-        for k in wanted:
-            m, n = sizes[k], into[i]
-            by = _matrix(eqn, i, k)
-            apart = x.reshaped((n,)).placed((m, n), [1])
-            image = apart.through(by).summed([1]).reshaped(images[k].shape)
-            images[k] = images[k].plus(image)
-    return images
-
-
-def _matrix(eqn: Equation, i: int, k: int) -> Factor:
-    """The derivative of a result in an operand, which does not depend on it."""
-    operand, y = eqn.inputs[i], eqn.outputs[k]
-    m, n = math.prod(y.shape), math.prod(operand.shape)
-
-    def matrix(read: Reader) -> Any:
-        operands = [
-            _as(v, v.value if isinstance(v, Constant) else on_mesh(read.primal(v)))
-            for v in eqn.inputs
-        ]
-
-        def result(x: Any) -> Any:
-            return _run(eqn, *operands[:i], x, *operands[i + 1 :])[k]
-
-        def image(unit: Any) -> Any:
-            unit = lying(unit.reshape(operand.shape), operand.aval)
-            return jax.jvp(result, [operands[i]], [unit])[1]
-
-        columns = jax.vmap(image, out_axes=-1)(jnp.eye(n, dtype=operand.dtype))
-        return replicated(columns).reshape(m, n)
-
-    reads = frozenset(v for v in eqn.inputs if isinstance(v, Value))
-    return Factor((m, n), reads, _at_home(eqn, matrix), safe=True)
-
-
-def _run(eqn: Equation, *operands: Any) -> list[Any]:
-    """The results, of a loop without what its steps compute for nothing."""
-    changes = {}
-    if eqn.name == "scan":
-        changes["jaxpr"] = _jaxpr.without_dead_code(eqn.params["jaxpr"])
-    return _jaxpr.listed(_jaxpr.bind(eqn, *operands, **changes), eqn)
-
-
-def _as(atom: Value | Constant, x: Any) -> Any:
-    return lax.convert_element_type(x, atom.dtype)
-
-
 def _aligned(form: Form, shape: Sequence[int]) -> Form:
     """With ones before its axes, as operands of one equation are broadcast."""
     if len(form.shape) == len(shape):
@@ -864,366 +686,3 @@ def _aligned(form: Form, shape: Sequence[int]) -> Form:
 
 def _aligned_factor(f: Factor, shape: Sequence[int]) -> Factor:
     return f if len(f.shape) == len(shape) else f.reshaped((1,) * len(shape))
-
-
-# Selections
-
-
-def _shape(eqn: Equation) -> tuple[int, ...]:
-    return tuple(eqn.outputs[0].shape)
-
-
-def _broadcast(eqn: Equation, x: Form, *_: Any) -> list[Form]:
-    return [x.placed(_shape(eqn), eqn.params["broadcast_dimensions"])]
-
-
-def _reshape(eqn: Equation, x: Form, *_: Any) -> list[Form]:
-    return [x.reshaped(_shape(eqn))]
-
-
-def _transpose(eqn: Equation, x: Form) -> list[Form]:
-    return [x.transposed(eqn.params["permutation"])]
-
-
-def _along(x: Form, dim: int, index: Any) -> Form:
-    """At positions along one axis."""
-    index = index if isinstance(index, Factor) else known(np.asarray(index))
-    order = [*range(1, dim + 1), 0, *range(dim + 1, len(x.shape))]
-    return x.taken([dim], [index]).transposed(order)
-
-
-def _slice(eqn: Equation, x: Form) -> list[Form]:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(x.shape)
-    for dim, bounds in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
-        if bounds != (0, x.shape[dim], 1):
-            x = _along(x, dim, np.arange(*bounds))
-    return [x]
-
-
-def _rev(eqn: Equation, x: Form) -> list[Form]:
-    for dim in eqn.params["dimensions"]:
-        x = _along(x, dim, np.arange(x.shape[dim])[::-1])
-    return [x]
-
-
-def _pad(eqn: Equation, x: Form | None, value: Form | None) -> list[Form] | None:
-    if x is None or value is not None:
-        return None
-    for dim, (low, _, inner) in enumerate(eqn.params["padding_config"]):
-        n, size = x.shape[dim], _shape(eqn)[dim]
-        at = np.arange(size) - low
-        index = np.where((at >= 0) & (at % (inner + 1) == 0), at // (inner + 1), -1)
-        index = np.where(index < n, index, -1)
-        if size != n or not np.array_equal(index, np.arange(n)):
-            x = _along(x, dim, index)
-    return [x]
-
-
-def _concatenate(eqn: Equation, *parts: Form | None) -> list[Form]:
-    dim, shape = eqn.params["dimension"], _shape(eqn)
-    sizes = [v.shape[dim] for v in eqn.inputs]
-    of = [{} if part is None else part.of for part in parts]
-    joined, start = dict[Any, tuple[Term, ...]](), 0
-    for source in of[0]:
-        terms = [each.get(source, ()) for each in of]
-        if all(len(each) == 1 for each in terms):
-            term = side_by_side([term for (term,) in terms], dim, sizes)
-            joined |= {source: (term,)} if term else {}
-    y = Form(shape, joined)
-    for part, n in zip(parts, sizes, strict=True):
-        at = np.arange(shape[dim]) - start
-        start += n
-        if part is not None and n:
-            rest = Form(part.shape, {x: t for x, t in part.of.items() if x not in joined})
-            y = y.plus(_along(rest, dim, np.where((at >= 0) & (at < n), at, -1)))
-    return [y]
-
-
-def _stack(eqn: Equation, *parts: Form | None) -> list[Form]:
-    dim, shape = eqn.params["axis"], _shape(eqn)
-    at = [i for i in range(len(shape)) if i != dim]
-    y = Form(shape, {})
-    for k, part in enumerate(parts):
-        if part is not None:
-            here = np.arange(shape[dim]) == k
-            by = known(here.reshape([n if i == dim else 1 for i, n in enumerate(shape)]))
-            y = y.plus(part.placed(shape, at).times(by, gate=by))
-    return [y]
-
-
-def _split(eqn: Equation, x: Form) -> list[Form]:
-    dim = eqn.params["axis"]
-    sizes = eqn.params["sizes"]
-    starts = [0, *itertools.accumulate(sizes)]
-    return [_along(x, dim, np.arange(s, s + n)) for s, n in zip(starts, sizes, strict=False)]
-
-
-def _unstack(eqn: Equation, x: Form) -> list[Form]:
-    dim = eqn.params["axis"]
-    return [
-        _along(x, dim, np.array([k])).reshaped(tuple(v.shape)) for k, v in enumerate(eqn.outputs)
-    ]
-
-
-def _dynamic_slice(eqn: Equation, x: Form | None, *starts: Any) -> list[Form] | None:
-    if x is None:
-        return None
-    for dim, (n, atom) in enumerate(zip(_shape(eqn), eqn.inputs[1:], strict=True)):
-        size = x.shape[dim]
-        if n != size:
-            index = combined(
-                lambda s, n=n, size=size: s.astype(int).clip(0, size - n) + np.arange(n),
-                (n,),
-                of_atom(atom),
-            )
-            x = _along(x, dim, dataclasses.replace(index, within=True))
-    return [x]
-
-
-def _reduce_sum(eqn: Equation, x: Form) -> list[Form]:
-    return [x.summed(eqn.params["axes"]).reshaped(_shape(eqn))]
-
-
-def _reduce_extremum(eqn: Equation, x: Form) -> list[Form]:
-    (operand,), (y,) = eqn.inputs, eqn.outputs
-
-    def taken(x: Any, y: Any) -> Any:
-        return extremum.weights(eqn, [x], y)
-
-    by = combined(taken, x.shape, of_atom(operand), of_atom(y))
-    return [x.through(by).summed(eqn.params["axes"]).reshaped(_shape(eqn))]
-
-
-def _psum(eqn: Equation, x: Form, *others: Form | None) -> list[Form] | None:
-    axes = eqn.params["axes"]
-    if others or not all(isinstance(axis, int) for axis in axes):
-        return None
-    return [x.summed(axes).reshaped(_shape(eqn))]
-
-
-def _cumsum(eqn: Equation, x: Form) -> list[Form]:
-    dim, rank = eqn.params["axis"], len(x.shape)
-    n = x.shape[dim]
-    taken_in = np.tri(n, dtype=bool)  # a row for each result
-    taken_in = taken_in.T if eqn.params["reverse"] else taken_in
-    shape = (*x.shape[:dim], n, *x.shape[dim:])
-    apart = x.placed(shape, [i if i < dim else i + 1 for i in range(rank)])
-    weights = known(taken_in.reshape([n if i in (dim, dim + 1) else 1 for i in range(rank + 1)]))
-    return [apart.times(weights).summed([dim + 1]).reshaped(_shape(eqn))]
-
-
-def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    batching = tuple(numbers.operand_batching_dims)
-    dims = [*numbers.start_index_map, *batching]
-    if x is None or any(sizes[i] != 1 for i in dims):
-        return None
-    rest = [i for i in range(len(x.shape)) if i not in dims]
-    if not dims or any(sizes[i] != x.shape[i] for i in rest):
-        return None
-    indices = of_atom(eqn.inputs[1])
-    lead = indices.shape[:-1]
-    at = [
-        _position(indices, k, x.shape[dim], eqn.params["mode"])
-        for k, dim in enumerate(numbers.start_index_map)
-    ]
-    at += [_counted(lead, i) for i in numbers.start_indices_batching_dims]
-    dropped = (*numbers.collapsed_slice_dims, *batching)
-    kept = [n for i, n in enumerate(sizes) if i not in dropped]
-    y = x.taken(dims, at).reshaped((*lead, *kept))
-    of_rest = iter(range(len(lead), len(y.shape)))
-    of_lead = iter(range(len(lead)))
-    order = [
-        next(of_rest) if i in numbers.offset_dims else next(of_lead) for i in range(len(y.shape))
-    ]
-    return [y.transposed(order)]
-
-
-def _position(indices: Factor, k: int, size: int, mode: Any) -> Factor:
-    """The positions along an axis that one of the columns says, -1 where there is none."""
-
-    def pick(i: Any) -> Any:
-        i = i[..., k].astype(int)
-        if mode == lax.GatherScatterMode.CLIP:
-            return i.clip(0, size - 1)
-        if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-            return i
-        return _where((i >= 0) & (i < size), i, -1)
-
-    position = indices.mapped(pick, indices.shape[:-1])
-    bounded = mode in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    return dataclasses.replace(position, within=bounded)
-
-
-def _counted(shape: Sequence[int], dim: int) -> Factor:
-    """The positions along one axis of a shape."""
-    counts = np.arange(shape[dim]).reshape([n if i == dim else 1 for i, n in enumerate(shape)])
-    return known(np.broadcast_to(counts, shape))
-
-
-def _where(condition: Any, x: Any, y: Any) -> Any:
-    return (np if isinstance(condition, np.ndarray) else jnp).where(condition, x, y)
-
-
-def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list[Form] | None:
-    y = x or Form(_shape(eqn), {})
-    if u is None:
-        return [y]
-    image = _scattered(eqn, u)
-    return None if image is None else [y.plus(image, -1.0 if eqn.name == "scatter-sub" else 1.0)]
-
-
-def _scattered(eqn: Equation, u: Form) -> Form | None:
-    """Zeros to which updates are added."""
-    shape, numbers = _shape(eqn), eqn.params["dimension_numbers"]
-    inserted, batching = numbers.inserted_window_dims, numbers.operand_batching_dims
-    columns, mode = numbers.scatter_dims_to_operand_dims, eqn.params["mode"]
-    dims, indices = [*columns, *batching], of_atom(eqn.inputs[1])
-    lead = indices.shape[:-1]
-    window = [i for i in range(len(shape)) if i not in (*inserted, *batching)]
-    sizes = [u.shape[i] for i in numbers.update_window_dims]
-    if math.prod(lead) == 1 and not batching:
-        image = u.reshaped(
-            [sizes[window.index(i)] if i in window else 1 for i in range(len(shape))]
-        )
-        for k, dim in enumerate(columns):
-            image = _along(image, dim, _within(indices, k, image.shape[dim], shape[dim], mode))
-    elif sorted(dims) == sorted((*inserted, *batching)) and sizes == [shape[i] for i in window]:
-        across = [shape[i] for i in dims]
-        at = [_position(indices, k, shape[dim], mode) for k, dim in enumerate(columns)]
-        at += [_counted(lead, i) for i in numbers.scatter_indices_batching_dims]
-        ids = combined(functools.partial(_flat, sizes=across), (math.prod(lead),), *at)
-        first = [i for i in range(len(u.shape)) if i not in numbers.update_window_dims]
-        rows = u.transposed([*first, *numbers.update_window_dims]).reshaped((*ids.shape, *sizes))
-        image = rows.summed_by(ids, math.prod(across)).reshaped((*across, *sizes))
-        image = image.transposed(list(map([*dims, *window].index, range(len(shape)))))
-    else:
-        return None
-    return image
-
-
-def _within(indices: Factor, k: int, n: int, size: int, mode: Any) -> Factor:
-    """Which of ``n`` entries is at each position along an axis; one of the columns says where."""
-
-    def place(i: Any) -> Any:
-        start = i[..., k].astype(int).reshape(())
-        if mode == lax.GatherScatterMode.CLIP:
-            start = start.clip(0, size - n)
-        at = np.arange(size) - start
-        return _where((at >= 0) & (at < n) & (start >= 0) & (start <= size - n), at, -1)
-
-    return indices.mapped(place, (size,))
-
-
-def _flat(*at: Any, sizes: Sequence[int]) -> Any:
-    """Positions along several axes as one, out of bounds where there is none."""
-    there = functools.reduce(jnp.logical_and, (jnp.asarray(i) >= 0 for i in at))
-    strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-    ids = sum(stride * jnp.asarray(i) for stride, i in zip(strides, at, strict=True))
-    return jnp.where(there, ids, math.prod(sizes)).ravel()
-
-
-def _set(eqn: Equation, x: Form | None, *others: Form | None) -> list[Form] | None:
-    """``x.at[indices].set(u)``: ``x`` with zeros where it is written to, and ``u`` there."""
-    y = Form(_shape(eqn), {})
-    if x is not None:
-        kept = _kept(eqn)
-        y = x.times(kept, gate=kept)
-    u = next(filter(None, others), None)
-    if u is not None:
-        image = _updated(eqn, u) if eqn.name == "dynamic_update_slice" else _set_once(eqn, u)
-        if image is None:
-            return None
-        y = y.plus(image)
-    return [y]
-
-
-def _kept(eqn: Equation) -> Factor:
-    """One where nothing is written to, else zero."""
-    x, *rest = eqn.inputs[0], *(v if is_inexact(v) else None for v in eqn.inputs[1:])
-    indices = [of_atom(v) for v, number in zip(eqn.inputs[1:], rest, strict=True) if number is None]
-
-    def kept(*indices: Any) -> Any:
-        given = iter(indices)
-        others = [next(given) if v is None else jnp.zeros(v.shape, v.dtype) for v in rest]
-        return _jaxpr.bind(eqn, jnp.ones(x.shape, x.dtype), *others)
-
-    return combined(kept, _shape(eqn), *indices)
-
-
-def _updated(eqn: Equation, u: Form) -> Form:
-    """Zeros but for the window that is written to."""
-    for k, (n, size) in enumerate(zip(u.shape, _shape(eqn), strict=True)):
-        start = of_atom(eqn.inputs[2 + k]).reshaped((1,))
-        u = _along(u, k, _within(start, 0, n, size, lax.GatherScatterMode.CLIP))
-    return u
-
-
-def _set_once(eqn: Equation, u: Form) -> Form | None:
-    """Zeros in which updates are written to places that differ."""
-    at = of_atom(eqn.inputs[1])
-    once = eqn.params["unique_indices"] or math.prod(at.shape[:-1]) == 1
-    if not once and at.static is not None and eqn.params["mode"] != lax.GatherScatterMode.CLIP:
-        rows = at.static.reshape(-1, at.shape[-1])
-        once = len(np.unique(rows, axis=0)) == len(rows)
-    return _scattered(eqn, u) if once else None
-
-
-def _sort(eqn: Equation, *operands: Form | None) -> list[Form]:
-    shape, p = _shape(eqn), eqn.params
-
-    def order(*arrays: Any) -> Any:
-        at = lax.broadcasted_iota("int32", shape, p["dimension"])
-        return lax.sort((*arrays, at), p["dimension"], p["is_stable"], p["num_keys"])[-1]
-
-    index = combined(order, shape, *map(of_atom, eqn.inputs))
-    empty = Form(shape, {})
-    return [_in_order(x or empty, p["dimension"], index) for x in operands]
-
-
-def _top_k(eqn: Equation, x: Form) -> list[Form]:
-    return [_in_order(x, eqn.params.get("axis", -1) % len(x.shape), of_atom(eqn.outputs[1]))]
-
-
-def _in_order(x: Form, dim: int, index: Factor) -> Form:
-    """At positions along one axis, which differ along the others."""
-    axes, index = range(len(x.shape)), dataclasses.replace(index, within=True)
-    return x.taken(axes, [index if i == dim else _counted(index.shape, i) for i in axes])
-
-
-def _tile(eqn: Equation, x: Form) -> list[Form]:
-    for dim, (n, size) in enumerate(zip(x.shape, _shape(eqn), strict=True)):
-        if size != n:
-            x = _along(x, dim, np.arange(size) % n)
-    return [x]
-
-
-SELECTIONS: dict[str, Callable[..., list[Form] | None]] = {
-    "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
-    "cumsum": _cumsum,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _set,
-    "expand_dims": _reshape,
-    "gather": _gather,
-    "pad": _pad,
-    "psum": _psum,
-    "reduce_max": _reduce_extremum,
-    "reduce_min": _reduce_extremum,
-    "reduce_sum": _reduce_sum,
-    "reshape": _reshape,
-    "rev": _rev,
-    "scatter": _set,
-    "scatter-add": _scatter_add,
-    "scatter-sub": _scatter_add,
-    "slice": _slice,
-    "sort": _sort,
-    "split": _split,
-    "squeeze": _reshape,
-    "stack": _stack,
-    "tile": _tile,
-    "top_k": _top_k,
-    "transpose": _transpose,
-    "unstack": _unstack,
-}

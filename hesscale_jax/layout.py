@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation, Program, Value
-from hesscale_jax.blocks import Plan, loop, plan
+from hesscale_jax.blocks import Plan
 from hesscale_jax.factored import Axis, Layout, canonical, row_major, viewed
+from hesscale_jax.paths import loop
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.control_flow import ControlFlow
 from hesscale_jax.rules.multilinear import Multilinear
 

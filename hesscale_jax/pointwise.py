@@ -36,6 +36,7 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Constant, Equation, Value, dimension, size
+from hesscale_jax.arrays import Factor, Reader
 from hesscale_jax.blocks import Block, Spans
 from hesscale_jax.coefficients import (
     Cut,
@@ -49,7 +50,8 @@ from hesscale_jax.coefficients import (
     uncut,
     varies,
 )
-from hesscale_jax.forms import Factor, Form, Reader, covariance
+from hesscale_jax.covariances import covariance
+from hesscale_jax.forms import Form
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.roots import (
     Derived,

@@ -13,14 +13,17 @@ from hesscale_jax import _jaxpr
 from hesscale_jax._complex import is_complex
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Region, Value
 from hesscale_jax._mesh import at_mesh_of, lying, on_mesh
-from hesscale_jax.blocks import Block, Loop, Plan, loop, plan
+from hesscale_jax.arrays import Reader
+from hesscale_jax.blocks import Block, Plan
+from hesscale_jax.covariances import variance
 from hesscale_jax.factored import Factored
-from hesscale_jax.forms import Reader, variance
 from hesscale_jax.head import LossHead, check_regions, names_output
 from hesscale_jax.images import Needs, Part, images_of
 from hesscale_jax.layout import arrivals, reads
 from hesscale_jax.loops import LoopArithmetic
 from hesscale_jax.moments import Moments, spread_dtype
+from hesscale_jax.paths import Loop, loop
+from hesscale_jax.planning import plan
 from hesscale_jax.pointwise import BlockArithmetic
 from hesscale_jax.rules.control_flow import filled, run_steps
 from hesscale_jax.rules.derivatives import Pointwise

@@ -31,8 +31,10 @@ from interpreter import Series
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Body, Constant, Equation, Program, Value
-from hesscale_jax.blocks import Loop, Plan, loop, plan
+from hesscale_jax.blocks import Plan
 from hesscale_jax.images import Images, Part, images_of
+from hesscale_jax.paths import Loop, loop
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.custom_derivatives import custom_rule
 from hesscale_jax.rules.table import find
 

@@ -33,7 +33,7 @@ from jax.experimental import sparse
 
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr, images, testing
-from hesscale_jax.blocks import plan
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.table import find
 from hesscale_jax.transform import transposed
 

@@ -13,7 +13,8 @@ from jax.ops import segment_sum
 
 import hesscale_jax as hs
 from hesscale_jax._jaxpr import flatten, trace
-from hesscale_jax.blocks import PART, WHOLE, plan
+from hesscale_jax.grouping import PART, WHOLE
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.table import find
 
 

@@ -19,7 +19,7 @@ from jax.experimental import sparse
 
 import hesscale_jax as hs
 from benchmarks import models
-from hesscale_jax.blocks import PART, WHOLE
+from hesscale_jax.grouping import PART, WHOLE
 from hesscale_jax.report import Group, folded, source
 
 

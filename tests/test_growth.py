@@ -17,8 +17,9 @@ from jax import lax, nn
 
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr
-from hesscale_jax.blocks import WHOLE, plan
+from hesscale_jax.grouping import WHOLE
 from hesscale_jax.images import MOST_SOURCES, Images
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.table import find
 
 MATRIX, IDS = normal(8, 8, seed=2) / 8, np.array([0, 0, 1, 1])

@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import hesscale_jax as hs
 from hesscale_jax import _jaxpr
-from hesscale_jax.blocks import plan
 from hesscale_jax.examples import Examples, Mixed
+from hesscale_jax.planning import plan
 from hesscale_jax.rules.table import find
 
 KEYS = jax.random.split(jax.random.key(0), 10)

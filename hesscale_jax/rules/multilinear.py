@@ -15,8 +15,10 @@ from jax import lax
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax.arrays import Reader, of_atom, placed
+from hesscale_jax.covariances import covariance, variance
 from hesscale_jax.factored import Factored
-from hesscale_jax.forms import Form, Reader, covariance, of_atom, placed, variance
+from hesscale_jax.forms import Form
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import widened
 from hesscale_jax.rules.selection import in_wide_dtype, push
