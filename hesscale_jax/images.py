@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hesscale_jax import _jaxpr
-from hesscale_jax._jaxpr import Body, Equation, Value
+from hesscale_jax._jaxpr import Body, Constant, Equation, Value
 from hesscale_jax.arrays import Blank, Factor, Reader, TooLarge, of_atom, placed
 from hesscale_jax.blocks import Block, Plan
 from hesscale_jax.covariances import are_apart, covariance, variance
@@ -467,6 +467,7 @@ class Images:
         chosen = cuts and eqn.name != "abs"
         # Before the last product, what may be infinite is its own source: that takes fewer terms.
         finite = last or all(t.finite for form in forms for ts in form.of.values() for t in ts)
+        finite = finite or isinstance(eqn.inputs[0], Constant)  # what is chosen is known
         if (not entrywise and bends) or (chosen and not (entrywise and finite)):
             return self._source(eqn, rule, cuts, active)
         if bends and not self._deep and any(map(_adds_up, forms)):

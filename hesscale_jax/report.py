@@ -86,6 +86,8 @@ class Report:
     ``str(report)`` is plain text of about 100 columns, some more where a library's line and the
     user's are shown; printed with rich, it has colours.
 
+    What is inside of a step, as a loop or a branch, has reports of its own: its ``bodies``.
+
     Attributes:
       title: What the program is.
       steps: Its steps, so that each comes after those that it reads from.
@@ -104,6 +106,16 @@ class Report:
     shared: tuple[Shared, ...] = ()
     mixing: tuple[int, ...] = ()
     layouts: tuple[tuple[str, Layout], ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no off-diagonal term is dropped, inside of other steps neither.
+
+        The whole diagonal is exact then, if rules of your own are.
+        """
+        bodies = (body for step in self.steps for body in step.bodies)
+        here = not (self.dropped or self.shared or self.mixing)
+        return here and all(body.is_exact for body in bodies)
 
     @property
     def missing(self) -> tuple[Step, ...]:

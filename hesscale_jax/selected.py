@@ -173,21 +173,30 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     batching = tuple(numbers.operand_batching_dims)
     dims = [*numbers.start_index_map, *batching]
-    if x is None or any(sizes[i] != 1 for i in dims):
+    if x is None or not dims:
         return None
     rest = [i for i in range(len(x.shape)) if i not in dims]
-    if not dims or any(sizes[i] != x.shape[i] for i in rest):
+    if any(sizes[i] != x.shape[i] for i in rest):
         return None
-    indices = of_atom(eqn.inputs[1])
+    indices, mode = of_atom(eqn.inputs[1]), eqn.params["mode"]
+    if indices.static is not None and mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        mode = lax.GatherScatterMode.CLIP  # what XLA does, and NumPy does not
     lead = indices.shape[:-1]
-    at = [
-        _position(indices, k, x.shape[dim], eqn.params["mode"])
-        for k, dim in enumerate(numbers.start_index_map)
-    ]
-    at += [_counted(lead, i) for i in numbers.start_indices_batching_dims]
+    # An axis for each along which more than one entry is taken, where these start.
+    wide = [i for i in dims if sizes[i] != 1]
+    windows = [sizes[i] for i in wide]
+    at = []
+    for k, dim in enumerate(numbers.start_index_map):
+        position = _position(indices, k, x.shape[dim], mode, sizes[dim])
+        at.append(_spread(position, windows, wide.index(dim) if dim in wide else None))
+    counted = (_counted(lead, i) for i in numbers.start_indices_batching_dims)
+    at += [_spread(position, windows, None) for position in counted]
     dropped = (*numbers.collapsed_slice_dims, *batching)
+    behind = sorted((*wide, *rest))
+    first = len(lead)
+    order = [first + [*wide, *rest].index(i) for i in behind]
     kept = [n for i, n in enumerate(sizes) if i not in dropped]
-    y = x.taken(dims, at).reshaped((*lead, *kept))
+    y = x.taken(dims, at).transposed([*range(first), *order]).reshaped((*lead, *kept))
     of_rest = iter(range(len(lead), len(y.shape)))
     of_lead = iter(range(len(lead)))
     order = [
@@ -196,20 +205,41 @@ def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
     return [y.transposed(order)]
 
 
-def _position(indices: Factor, k: int, size: int, mode: Any) -> Factor:
-    """The positions along an axis that one of the columns says, -1 where there is none."""
+def _position(indices: Factor, k: int, size: int, mode: Any, count: int = 1) -> Factor:
+    """The positions along an axis that one of the columns says, -1 where there is none.
+
+    Of so many entries, it is that of the first.
+    """
 
     def pick(i: Any) -> Any:
         i = i[..., k].astype(int)
         if mode == lax.GatherScatterMode.CLIP:
-            return i.clip(0, size - 1)
+            return i.clip(0, size - count)
         if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
             return i
-        return _where((i >= 0) & (i < size), i, -1)
+        return _where((i >= 0) & (i <= size - count), i, -1)
 
     position = indices.mapped(pick, indices.shape[:-1])
     bounded = mode in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     return dataclasses.replace(position, within=bounded)
+
+
+def _spread(first: Factor, windows: Sequence[int], dim: int | None) -> Factor:
+    """Positions with an axis for each of the windows: that of each entry along one of them."""
+    shape = (*first.shape, *windows)
+
+    def each(i: Any) -> Any:
+        i = i.reshape((*i.shape, *(1,) * len(windows)))
+        if dim is not None:
+            along = np.arange(windows[dim]).reshape(
+                [-1 if d == dim else 1 for d in range(len(windows))]
+            )
+            i = _where(i >= 0, i + along, -1)
+        return i + np.zeros(shape, int)
+
+    if not windows:
+        return first
+    return dataclasses.replace(first.mapped(each, shape), within=first.within)
 
 
 def _counted(shape: Sequence[int], dim: int) -> Factor:
@@ -219,7 +249,8 @@ def _counted(shape: Sequence[int], dim: int) -> Factor:
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
-    return (np if isinstance(condition, np.ndarray) else jnp).where(condition, x, y)
+    known_now = isinstance(condition, np.ndarray | np.generic)
+    return (np if known_now else jnp).where(condition, x, y)
 
 
 def _scatter_add(eqn: Equation, x: Form | None, _: None, u: Form | None) -> list[Form] | None:

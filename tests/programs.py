@@ -1498,9 +1498,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="programs of each family")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--family", choices=FAMILIES, action="append")
-    parser.add_argument("--compiled", action="store_true", help="run by XLA, which is slower")
+    parser.add_argument("--compiled", action="store_true", help="run as XLA optimizes it: slower")
     options = parser.parse_args()
     oracle.COMPILED = options.compiled
+    jax.config.update("jax_disable_most_optimizations", not options.compiled)
     gc.disable()  # what tracing leaves is collected with the caches
     end = options.start + options.count
     for start in range(options.start, end, BLOCK):

@@ -293,12 +293,18 @@ def test_a_penalty_under_a_root_is_exact():
 def test_an_exact_loss_drops_nothing():
     report = hs.explain(lambda w: jnp.sum(jax.nn.gelu(w)))(array(3, 2))
     assert str(report).endswith("No off-diagonal terms between steps are dropped.")
+    assert report.is_exact
 
 
-def drops_nothing(report):
-    bodies = (body for step in report.steps for body in step.bodies)
-    here = not (report.dropped or report.shared or report.mixing)
-    return here and all(map(drops_nothing, bodies))
+def test_what_a_branch_drops_is_in_its_own_report():
+    def loss(w):
+        p = jax.lax.cond(w.sum() > -9, jax.nn.softmax, lambda w: w, w)
+        return jnp.sum(jnp.arange(3.0) * p) ** 2
+
+    report = hs.explain(loss)(array(3))
+    assert (report.dropped, report.shared, report.mixing) == ((), (), ())
+    assert [body.is_exact for body in report.steps[0].bodies] == [True, False]
+    assert not report.is_exact
 
 
 def test_where_nothing_is_dropped_the_diagonal_is_exact():
@@ -306,7 +312,7 @@ def test_where_nothing_is_dropped_the_diagonal_is_exact():
     for seed in range(10):
         fun, args, *_ = programs.anything(random.Random(seed))
         every = tuple(range(len(args)))
-        if not drops_nothing(hs.explain(fun, every)(*args)):
+        if not hs.explain(fun, every)(*args).is_exact:
             continue
         found += 1
         _, received = jax.jit(hs.hesscale(fun, every))(*args)
@@ -337,7 +343,7 @@ def test_what_copies_entries_is_named(name):
 
 
 def test_windows_that_share_no_entry_copy_none():
-    assert drops_nothing(hs.explain(lambda x: jax.nn.logsumexp(pooled(x, (2, 2))))(array(4, 4)))
+    assert hs.explain(lambda x: jax.nn.logsumexp(pooled(x, (2, 2))))(array(4, 4)).is_exact
 
 
 def test_arguments_go_by_their_path():

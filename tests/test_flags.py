@@ -216,6 +216,28 @@ def test_no_tracer_is_left_of_a_module():
             jax.jit(train_step)(state)
 
 
+def test_what_xla_computes_twice_may_be_rounded_in_two_ways():
+    """A maximum's derivative was that of no operand, where XLA compiled it in two fusions."""
+    shapes = enumerate([(5, 3), (5,), (3,)])
+    inputs, targets, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in shapes)
+    optimizer = optax.amsgrad(0.1)
+
+    def loss(w):
+        p = jnp.ones(3)
+        state = optimizer.init(p)
+        for _ in range(2):
+            grad = jax.grad(lambda p: jnp.mean((jnp.tanh(inputs @ p) - inputs @ w) ** 2))(p)
+            updates, state = optimizer.update(grad, state, p)
+            p = p + updates
+        return jnp.sum((inputs @ p - targets) ** 2)
+
+    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        expected = hs.hesscale(loss)(w / 2)
+        with FLAGS["optimizations"]():
+            found = jax.jit(hs.hesscale(loss))(w / 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)  # g / (|g| + eps) cancels
+
+
 @pytest.mark.parametrize("name", ["scan", "checkpoint in a scan", "custom_vjp", "custom_jvp"])
 def test_calls_without_jit_keep_nothing(name):
     def call():

@@ -37,6 +37,7 @@ SOURCE, TARGET = np.array([0, 1, 2, 3, 4, 0, 2]), np.array([1, 0, 2, 4, 3, 3, 0]
 WEIGHTS, HALVES = normal(14, 7, 1), np.array([[0, 1, 1], [1, 0, 0], [1, 1, 2]])
 PLACES, PLACES_APART = np.array([1, 2, 2, 0, 9]), np.array([1, 7, 2, 0, 5])
 labels, tokens = np.array([0, 2, 1, 2, 0]), np.array([[0, 0, 2], [1, 3, 3]])
+CORNERS = np.array([[0, 1, 2], [1, 0, 1]])  # the last is out of bounds, and moved
 
 
 def finite_differences(w):
@@ -174,6 +175,21 @@ def of_sequences_after_a_layer(p):
     return of_sequences(p["w"] - 0.1 * jnp.sin(p["w"]))
 
 
+def windows(w, size):
+    """All of its windows, one after the other."""
+    starts = np.arange(len(w) - size + 1)
+    return jax.vmap(lambda i: jax.lax.dynamic_slice(w, (i,), (size,)))(starts)
+
+
+def corner(w, i, j):
+    return jnp.vdot(jax.lax.dynamic_slice(w, (i, j), (2, 2)), A[1:3, 1:3])
+
+
+def ordinal(gaps):
+    """The likelihood of each class, by cutpoints in order."""
+    return jnp.log(jnp.diff(jax.nn.sigmoid(jnp.cumsum(gaps)))).sum()
+
+
 def distances_by_products(r):
     squares = jnp.diag(products := r @ r.T)
     return jnp.sqrt(squares[:, None] + squares[None] - 2 * products + 1).sum()
@@ -306,6 +322,10 @@ LINES = {
         (lambda w: (jnp.diff(jnp.zeros((5, 3)).at[:, 1].set(X @ w)) ** 2).sum(), x),
         (lambda w: (jnp.diff(jnp.zeros((7, 2)).at[1:6, 1].set(X @ w), axis=0) ** 2).sum(), x),
         (lambda w: jnp.tanh((z := X @ w).at[1:].set(z[1:] - z[:-1])).sum() ** 2, x),
+        (lambda w: jnp.zeros((5, 9)).at[np.arange(5), PLACES_APART].set(X @ w).sum() ** 2, x),
+        (lambda w: jnp.fill_diagonal(jnp.eye(5), X @ w, inplace=False).sum() ** 2, x),
+        (lambda w: jnp.eye(4).at[jnp.tril_indices(4, -1)].set(pairs @ w).sum() ** 2, x[:2]),
+        (lambda w: jnp.eye(4).at[np.tril_indices(4, -1)].set(jnp.exp(pairs @ w)).sum() ** 2, x[:2]),
         (lambda w: (z := jnp.sin(X @ w)).at[np.array([0, 3])].set(2 * z[1:3]).sum() ** 2, x),
         (lambda w: jnp.diff(update((z := X @ w).cumsum(), z[:3], (1,))) @ jnp.sin(z[1:]), x),
     ],
@@ -392,6 +412,11 @@ LINES = {
         (lambda w: jnp.exp(jnp.concatenate([w, w]) * jnp.arange(8.0)).sum(), x),
         (lambda r: -jax.nn.log_sigmoid(r[tokens[0]] - r[tokens[1]]).sum(), x),
         (lambda r: -jax.nn.log_sigmoid(r[jnp.asarray(tokens[0])] - r[0]).sum(), x),
+        (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: w[i] @ B[:3])(labels[:2])), W),
+        (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: w.T[i])(labels[:2]) @ B[:3]), W),
+        (lambda w: jax.nn.logsumexp(windows(w, 3) @ B[:3]), x),
+        (lambda w: jnp.linalg.norm(jnp.diff(windows(w, 2), axis=1)), x),
+        (lambda w: jax.nn.logsumexp(jax.vmap(corner, (None, 0, 0))(w, *CORNERS)), W),
     ],
     "Images that are added up by ids": [
         (lambda w: (segment_sum(X @ w, labels, 3) ** 2).sum(), x),
@@ -436,6 +461,9 @@ LINES = {
     ],
     "A cumulative sum of what a block makes": [
         (partial_likelihood, x),
+        (lambda t: ordinal(jnp.where(np.arange(4) == 0, t, jnp.exp(t))), x),
+        (lambda t: ordinal(jnp.where(jnp.arange(4) == 0, t, jnp.exp(t))), x),
+        (lambda t: ordinal(jnp.concatenate([t[:1], jnp.exp(t[1:])])), x),
         (lambda p: partial_likelihood(p["w"][:, 0]), {"w": B}),
     ],
     "One value at several places of a block": [

@@ -207,8 +207,10 @@ class _Builder:
                 inputs = tuple(map(joined, inputs, eqn.invars))
                 if eqn.primitive.name == "dot_general":
                     params, inputs = self._without_transposes(params, inputs)
-                if eqn.primitive.name in ("scatter", "scatter-add", "scatter-sub"):
-                    inputs = (inputs[0], self._known(inputs[1]), inputs[2])
+                if eqn.primitive.name in ("gather", "scatter", "scatter-add", "scatter-sub"):
+                    inputs = (inputs[0], self._known(inputs[1]), *inputs[2:])
+                elif eqn.primitive.name == "select_n":
+                    inputs = (self._known(inputs[0]), *inputs[1:])
                 sources = (eqn, *callers) if written else callers
                 results = self._append(eqn, params, inputs, sources, region)
                 if eqn.primitive.name == "stack" and are_plain(inputs):
@@ -583,8 +585,10 @@ class _Builder:
         return params | {"dimension_numbers": tuple(map(tuple, numbers))}, tuple(operands)
 
     def _known(self, ids: Any) -> Any:
-        """Ids as a constant, if they are computed of numbers alone."""
-        numbers = self._numbers.of(ids) if isinstance(ids, Value) else None
+        """Positions, or choices, as a constant, if they are computed of numbers alone."""
+        if isinstance(ids, Constant) or any(ids.aval.sharding.spec):
+            return ids
+        numbers = self._numbers.of(ids)
         return ids if numbers is None else self._constant(np.asarray(numbers))
 
     def _constant(self, value: Any) -> Constant:

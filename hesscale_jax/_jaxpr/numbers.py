@@ -6,11 +6,15 @@ from typing import Any
 import jax
 
 from hesscale_jax._jaxpr.binding import bind, listed
-from hesscale_jax._jaxpr.program import Constant, Equation, Value
+from hesscale_jax._jaxpr.program import Constant, Equation, Value, is_inexact
 from hesscale_jax._jaxpr.rewriting import ENTRYWISE, SHORT
 from hesscale_jax._jaxpr.sizes import size
 
 __all__ = ["Numbers"]
+
+# What positions are computed with besides: of integers, the same to the bit in any program.
+OF_INTEGERS = {"concatenate", "cumsum", "gather", "pad", "reduce_sum", "rev", "scatter-add"}
+OF_INTEGERS |= {"slice", "sort", "transpose"}
 
 
 class Numbers:
@@ -33,12 +37,15 @@ class Numbers:
 
     def _computed(self, value: Value) -> Any:
         eqn = self._made.get(value)
-        if eqn is None or eqn.sources[0].effects or eqn.name not in ENTRYWISE | {"iota"}:
+        if eqn is None or eqn.sources[0].effects:
             return None
-        operands = list(map(self.of, eqn.inputs))
+        allowed = ENTRYWISE | {"iota"} | (frozenset() if is_inexact(value) else OF_INTEGERS)
+        if eqn.name not in allowed:
+            return None
         if not isinstance(size(value.shape), int) or size(value.shape) > SHORT:
             return None
+        operands = list(map(self.of, eqn.inputs))
         if any(x is None for x in operands):
             return None
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
             return listed(bind(eqn, *operands), eqn)[eqn.outputs.index(value)]

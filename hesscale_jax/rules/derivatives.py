@@ -10,6 +10,7 @@ nothing is computed for either. They are in the operands' dtype: that of the gra
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -166,13 +167,18 @@ def _erf(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def _extremum(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:
-    return {i: share(operands[i], operands[1 - i], y) for i in positions}, {}
+    precedes = operator.gt if eqn.name == "max" else operator.lt
+    return {i: share(operands[i], operands[1 - i], y, precedes) for i in positions}, {}
 
 
-def share(a: Any, b: Any, y: Any) -> Any:
-    """The slope of ``max`` or ``min`` in ``a``: 1 where it was taken, 1/2 in a tie."""
+def share(a: Any, b: Any, y: Any, precedes: Callable[[Any, Any], Any]) -> Any:
+    """The slope of ``y = max(a, b)`` or ``min`` in ``a``: 1 where it precedes, 1/2 in a tie.
+
+    The operands are compared with each other: that one is the result does not always hold where
+    XLA computes it twice, in two fusions that round in different ways.
+    """
     zero, half, one = (lax.full_like(y, x) for x in (0, 0.5, 1))
-    return lax.select(a == y, lax.select(b == y, half, one), zero)
+    return lax.select(precedes(a, b), one, lax.select(a == b, half, zero))
 
 
 def _clamp(eqn: Equation, y: Any, operands: Sequence[Any], positions: Sequence[int]) -> Any:

@@ -6,6 +6,8 @@ Some hold a -1, or shares of 1 where entries tie for an extremum: they differ in
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,9 +123,12 @@ class CumulativeExtremum(Selection):
 
     def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
         """``vy = (J*J) vx``."""
-        largest = lax.max if eqn.name == "cummax" else lax.min
+        largest, precedes = {"cummax": (lax.max, operator.gt), "cummin": (lax.min, operator.lt)}[
+            eqn.name
+        ]
         ((x,), (v,)) = primals, spreads
-        return [None if v is None else weighted_scan(eqn, x, v, largest, _share_squared)]
+        weight = functools.partial(_share_squared, precedes)
+        return [None if v is None else weighted_scan(eqn, x, v, largest, weight)]
 
 
 class View(Selection):
@@ -261,8 +266,8 @@ def _tangent(primal: Any, tangent: Any) -> Any:
     return ad.Zero(jax.typeof(primal).to_tangent_aval()) if tangent is None else tangent
 
 
-def _share_squared(a: Any, b: Any, y: Any) -> Any:
-    return share(a, b, y) ** 2
+def _share_squared(precedes: Callable[[Any, Any], Any], a: Any, b: Any, y: Any) -> Any:
+    return share(a, b, y, precedes) ** 2
 
 
 def _largest(eqn: Equation, primals: Sequence[Any], y: Any) -> Any:
