@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -170,33 +170,35 @@ def _cumsum(eqn: Equation, x: Form) -> list[Form]:
 
 
 def _gather(eqn: Equation, x: Form | None, *_: Any) -> list[Form] | None:
+    if x is None:
+        return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    batching = tuple(numbers.operand_batching_dims)
-    dims = [*numbers.start_index_map, *batching]
-    if x is None or not dims:
-        return None
-    rest = [i for i in range(len(x.shape)) if i not in dims]
-    if any(sizes[i] != x.shape[i] for i in rest):
-        return None
     indices, mode = of_atom(eqn.inputs[1]), eqn.params["mode"]
     if indices.static is not None and mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
         mode = lax.GatherScatterMode.CLIP  # what XLA does, and NumPy does not
+    drops = mode == lax.GatherScatterMode.FILL_OR_DROP
+    # Clipped, what is taken whole starts at 0.
+    columns = {
+        dim: k
+        for k, dim in enumerate(numbers.start_index_map)
+        if drops or sizes[dim] == 1 or sizes[dim] != x.shape[dim]
+    }
+    dims = [*columns, *numbers.operand_batching_dims]
+    rest = [i for i in range(len(x.shape)) if i not in dims]
+    if not dims or any(sizes[i] != x.shape[i] for i in rest):
+        return None
     lead = indices.shape[:-1]
-    # An axis for each along which more than one entry is taken, where these start.
-    wide = [i for i in dims if sizes[i] != 1]
-    windows = [sizes[i] for i in wide]
-    at = []
-    for k, dim in enumerate(numbers.start_index_map):
-        position = _position(indices, k, x.shape[dim], mode, sizes[dim])
-        at.append(_spread(position, windows, wide.index(dim) if dim in wide else None))
-    counted = (_counted(lead, i) for i in numbers.start_indices_batching_dims)
-    at += [_spread(position, windows, None) for position in counted]
-    dropped = (*numbers.collapsed_slice_dims, *batching)
-    behind = sorted((*wide, *rest))
-    first = len(lead)
-    order = [first + [*wide, *rest].index(i) for i in behind]
+    wide = {dim: sizes[dim] for dim in columns if sizes[dim] != 1}  # of more entries than one
+    at = [
+        _window(_position(indices, k, x.shape[dim], mode, sizes[dim]), wide, dim)
+        for dim, k in columns.items()
+    ]
+    at += [_window(_counted(lead, i), wide, None) for i in numbers.start_indices_batching_dims]
+    after = [*wide, *rest]
+    order = [*range(len(lead)), *(len(lead) + after.index(i) for i in sorted(after))]
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     kept = [n for i, n in enumerate(sizes) if i not in dropped]
-    y = x.taken(dims, at).transposed([*range(first), *order]).reshaped((*lead, *kept))
+    y = x.taken(dims, at).transposed(order).reshaped((*lead, *kept))
     of_rest = iter(range(len(lead), len(y.shape)))
     of_lead = iter(range(len(lead)))
     order = [
@@ -224,28 +226,31 @@ def _position(indices: Factor, k: int, size: int, mode: Any, count: int = 1) -> 
     return dataclasses.replace(position, within=bounded)
 
 
-def _spread(first: Factor, windows: Sequence[int], dim: int | None) -> Factor:
-    """Positions with an axis for each of the windows: that of each entry along one of them."""
-    shape = (*first.shape, *windows)
+def _window(first: Factor, sizes: Mapping[int, int], dim: int | None) -> Factor:
+    """Positions with an axis for each of the windows, counted along that of one of them."""
+    if not sizes:
+        return first
+    shape = tuple(sizes.values())
+    along = np.zeros(shape, int)
+    if dim is not None and dim in sizes:
+        along = _counts(shape, list(sizes).index(dim))
 
     def each(i: Any) -> Any:
-        i = i.reshape((*i.shape, *(1,) * len(windows)))
-        if dim is not None:
-            along = np.arange(windows[dim]).reshape(
-                [-1 if d == dim else 1 for d in range(len(windows))]
-            )
-            i = _where(i >= 0, i + along, -1)
-        return i + np.zeros(shape, int)
+        i = i.reshape((*i.shape, *(1,) * len(shape)))
+        return _where(i >= 0, i + along, -1)
 
-    if not windows:
-        return first
-    return dataclasses.replace(first.mapped(each, shape), within=first.within)
+    window = first.mapped(each, (*first.shape, *shape))
+    return dataclasses.replace(window, within=first.within)
 
 
 def _counted(shape: Sequence[int], dim: int) -> Factor:
     """The positions along one axis of a shape."""
+    return known(_counts(shape, dim))
+
+
+def _counts(shape: Sequence[int], dim: int) -> np.ndarray:
     counts = np.arange(shape[dim]).reshape([n if i == dim else 1 for i, n in enumerate(shape)])
-    return known(np.broadcast_to(counts, shape))
+    return np.broadcast_to(counts, shape)
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
