@@ -465,10 +465,11 @@ class Images:
         # A choice discards infinities; of those that abs takes, it keeps all but at 0.
         cuts = eqn.name == "select_n" or rule.cuts
         chosen = cuts and eqn.name != "abs"
-        # Before the last product, what may be infinite is its own source: that takes fewer terms.
+        # Before the last product, what may be infinite is its own source, if it is not known where:
+        # that takes fewer terms.
         finite = last or all(t.finite for form in forms for ts in form.of.values() for t in ts)
-        finite = finite or isinstance(eqn.inputs[0], Constant)  # what is chosen is known
-        if (not entrywise and bends) or (chosen and not (entrywise and finite)):
+        known = eqn.name == "select_n" and isinstance(eqn.inputs[0], Constant)
+        if (not entrywise and bends) or (chosen and not (entrywise and (finite or known))):
             return self._source(eqn, rule, cuts, active)
         if bends and not self._deep and any(map(_adds_up, forms)):
             block = self._steps.blocks.get(eqn)

@@ -217,7 +217,7 @@ def test_no_tracer_is_left_of_a_module():
 
 
 def test_what_xla_computes_twice_may_be_rounded_in_two_ways():
-    """A maximum's derivative was that of no operand, where XLA compiled it in two fusions."""
+    """A maximum's slope does not depend on how XLA fuses, and rounds, what is compared."""
     shapes = enumerate([(5, 3), (5,), (3,)])
     inputs, targets, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in shapes)
     optimizer = optax.amsgrad(0.1)
@@ -236,6 +236,15 @@ def test_what_xla_computes_twice_may_be_rounded_in_two_ways():
         with FLAGS["optimizations"]():
             found = jax.jit(hs.hesscale(loss))(w / 2)
     np.testing.assert_allclose(found, expected, rtol=1e-7)  # g / (|g| + eps) cancels
+
+
+def test_a_choice_by_numbers_that_have_no_logarithm():
+    """What is known of numbers is computed while tracing, and may be NaN on the way."""
+    numbers, w = np.array([1.0, -1.0, 2.0]), X[0]
+    with jax.debug_nans(True):
+        found = hs.hesscale(lambda w: jnp.sum(jnp.where(jnp.log(numbers) > -9, w**2, w**3)))
+        _, hess_diag = jax.jit(found)(w)
+    np.testing.assert_allclose(hess_diag, np.where(numbers > 0, 2, 6 * w), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["scan", "checkpoint in a scan", "custom_vjp", "custom_jvp"])

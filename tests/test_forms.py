@@ -181,6 +181,16 @@ def windows(w, size):
     return jax.vmap(lambda i: jax.lax.dynamic_slice(w, (i,), (size,)))(starts)
 
 
+def pair(w, i):
+    """Two entries in a row; zeros, if one of them is out of bounds."""
+    numbers = jax.lax.GatherDimensionNumbers((0,), (), (0,))
+    return jax.lax.gather(w, i[None], numbers, (2,), mode="fill", fill_value=0.0)
+
+
+def filled(w, i):
+    return w.at[i].get(mode="fill", fill_value=0.0)
+
+
 def corner(w, i, j):
     return jnp.vdot(jax.lax.dynamic_slice(w, (i, j), (2, 2)), A[1:3, 1:3])
 
@@ -414,6 +424,8 @@ LINES = {
         (lambda r: -jax.nn.log_sigmoid(r[jnp.asarray(tokens[0])] - r[0]).sum(), x),
         (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: w[i] @ B[:3])(labels[:2])), W),
         (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: w.T[i])(labels[:2]) @ B[:3]), W),
+        (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: filled(w, i) @ B[:3])(labels[:2] + 1)), W),
+        (lambda w: jax.nn.logsumexp(jax.vmap(lambda i: pair(w, i) @ B[:2])(labels[:2] + 1)), x),
         (lambda w: jax.nn.logsumexp(windows(w, 3) @ B[:3]), x),
         (lambda w: jnp.linalg.norm(jnp.diff(windows(w, 2), axis=1)), x),
         (lambda w: jax.nn.logsumexp(jax.vmap(corner, (None, 0, 0))(w, *CORNERS)), W),

@@ -584,12 +584,12 @@ class _Builder:
                     operands[side] = eqn.inputs[0]
         return params | {"dimension_numbers": tuple(map(tuple, numbers))}, tuple(operands)
 
-    def _known(self, ids: Any) -> Any:
+    def _known(self, x: Any) -> Any:
         """Positions, or choices, as a constant, if they are computed of numbers alone."""
-        if isinstance(ids, Constant) or any(ids.aval.sharding.spec):
-            return ids
-        numbers = self._numbers.of(ids)
-        return ids if numbers is None else self._constant(np.asarray(numbers))
+        if isinstance(x, Constant) or any(x.aval.sharding.spec):
+            return x
+        numbers = self._numbers.of(x)
+        return x if numbers is None else self._constant(np.asarray(numbers))
 
     def _constant(self, value: Any) -> Constant:
         """One object per literal, so that equal operands are identical."""

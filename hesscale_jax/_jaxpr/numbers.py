@@ -39,8 +39,9 @@ class Numbers:
         eqn = self._made.get(value)
         if eqn is None or eqn.sources[0].effects:
             return None
-        allowed = ENTRYWISE | {"iota"} | (frozenset() if is_inexact(value) else OF_INTEGERS)
-        if eqn.name not in allowed:
+        if eqn.name not in ENTRYWISE | {"iota"} and (
+            is_inexact(value) or eqn.name not in OF_INTEGERS
+        ):
             return None
         if not isinstance(size(value.shape), int) or size(value.shape) > SHORT:
             return None

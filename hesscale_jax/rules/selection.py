@@ -123,9 +123,8 @@ class CumulativeExtremum(Selection):
 
     def spreads(self, eqn: Equation, primals: Sequence[Any], spreads: Sequence[Any]) -> list[Any]:
         """``vy = (J*J) vx``."""
-        largest, precedes = {"cummax": (lax.max, operator.gt), "cummin": (lax.min, operator.lt)}[
-            eqn.name
-        ]
+        largest = lax.max if eqn.name == "cummax" else lax.min
+        precedes = operator.gt if eqn.name == "cummax" else operator.lt
         ((x,), (v,)) = primals, spreads
         weight = functools.partial(_share_squared, precedes)
         return [None if v is None else weighted_scan(eqn, x, v, largest, weight)]
