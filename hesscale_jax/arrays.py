@@ -158,10 +158,17 @@ class Factor:
 
     def reshaped(self, shape: Sequence[int]) -> "Factor":
         """In another shape, row by row."""
-        base = self.base or self
-        if base.shape == tuple(shape):
+        base, shape = self.base or self, tuple(shape)
+        if base.shape == shape:
             return base
-        return dataclasses.replace(base.mapped(lambda x: x.reshape(shape), shape), base=base)
+        if shape not in base._reshapes:
+            made = base.mapped(lambda x: x.reshape(shape), shape)
+            base._reshapes[shape] = dataclasses.replace(made, base=base)
+        return base._reshapes[shape]
+
+    @functools.cached_property
+    def _reshapes(self) -> "dict[tuple[int, ...], Factor]":
+        return {}
 
     @property
     def squeezed(self) -> "Factor":
@@ -170,9 +177,11 @@ class Factor:
 
     def transposed(self, axes: Sequence[int]) -> "Factor":
         """With its axes in another order."""
-        if list(axes) == list(range(len(axes))):
-            return self
-        return self.mapped(lambda x: x.transpose(axes), [self.shape[i] for i in axes])
+        shape = [self.shape[i] for i in axes]
+        moved = [i for i in axes if self.shape[i] != 1]
+        if moved == sorted(moved):
+            return self.reshaped(shape)
+        return self.mapped(lambda x: x.transpose(axes), shape)
 
     def widened(self, count: int) -> "Factor":
         """With ``count`` more axes of size 1 at the end."""
@@ -293,10 +302,26 @@ def contracted(factors: Sequence[Factor], dims: Sequence[int]) -> Factor:
     return dataclasses.replace(made, multiplied=multiplied).reshaped(shape)
 
 
-def operand(f: Factor, labels: Sequence[int], read: Reader) -> tuple[Any, list[int]]:
-    """A factor's numbers and the labels of its axes, but for those of size 1."""
+def operand(
+    f: Factor, labels: Sequence[int], read: Reader, times: int = 1
+) -> tuple[Any, list[int]]:
+    """A factor's numbers so many times, and the labels of its axes, but for those of size 1.
+
+    Each label is there once.
+    """
     there = [label for label, n in zip(labels, f.shape, strict=True) if n != 1]
-    return read.numbers(f.squeezed), there
+    distinct = list(dict.fromkeys(there))
+    places = tuple(distinct.index(label) for label in there)
+    f = f.squeezed
+    return read.once((f, places, times), _power, read.numbers(f), places, times), distinct
+
+
+def _power(x: Any, places: Sequence[int], times: int) -> Any:
+    """Entries to a power, those at which axes with the same number have the same index."""
+    if len(set(places)) < len(places):
+        einsum = np.einsum if isinstance(x, np.ndarray) else jnp.einsum
+        x = einsum(x, places, sorted(set(places)))
+    return functools.reduce(operator.mul, [x] * times)
 
 
 def read_by(factors: Iterable[Factor]) -> frozenset[Value | Constant]:

@@ -5,6 +5,7 @@
 See :mod:`hesscale_jax.forms` for what ``M`` is. Linear in the spread, so that it transposes.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -188,18 +189,15 @@ def _sum_over_source(
             if equal is None:
                 return None
             masks.append(equal.widened(spread.ndim))
-    arrays: dict[tuple[int, ...], list[tuple[Any, list[int]]]] = {}
+    factors = collections.Counter[tuple[Factor, tuple[int, ...]]]()
     for term in (a, b):
         labels = [*range(rank), *(0,) * term.summed]
         for axis, k in enumerate(term.at):
             if isinstance(k, int):
                 labels[rank + k] = of_source[axis]
-        for f in term.factors:
-            same = arrays.setdefault((id(f), *labels), [])
-            same.append(operand(f, labels, read))
+        factors.update((f, tuple(labels)) for f in term.factors)
     operands: list[tuple[Any, Sequence[int]]] = [
-        (functools.reduce(operator.mul, [x for x, _ in same]), same[0][1])
-        for same in arrays.values()
+        operand(f, labels, read, times) for (f, labels), times in factors.items()
     ]
     for mask in masks:
         operands.append((read.numbers(mask), range(rank + spread.ndim)))

@@ -140,12 +140,14 @@ class BlockArithmetic:
             slopes, curvatures = rule.derivatives(eqn, _jaxpr.bind(eqn, *wide), wide, active)
 
         spans = self.block.spans[value]
-        entered = {i: self.enter(as_coefficient(c), spans) for i, c in slopes.items()}
+        bent = curvatures if curved else {}
+        # What is the slope and the curvature, as of exp, enters once.
+        distinct = {id(c): c for c in (*slopes.values(), *bent.values())}
+        enters = {key: self.enter(as_coefficient(c), spans) for key, c in distinct.items()}
+        entered = {i: enters[id(c)] for i, c in slopes.items()}
         if rule.cuts:
             entered = {i: cut_where_zero(slope) for i, slope in entered.items()}
-        bent = {}
-        if curved:
-            bent = {pair: self.enter(as_coefficient(c), spans) for pair, c in curvatures.items()}
+        bent = {pair: enters[id(c)] for pair, c in bent.items()}
         parts = {i: self._part(eqn.inputs[i], value) for i in active}
         self._derived[value] = self._compose(parts, entered)
         shift = total(_as(shift, value), self._bend(parts, bent, value))
@@ -229,7 +231,7 @@ class BlockArithmetic:
 
     def _reached(self, kept: Any, by: Segmented) -> Coefficient:
         """Where a segment has an entry, among those ``kept``."""
-        if self._along is None:
+        if self._along is None or by.full:
             return 1.0
         key = self.block, by.wraps, by.drops, "reached"
         if key not in self._spreads:

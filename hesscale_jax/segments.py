@@ -57,6 +57,7 @@ class Segmented(NamedTuple):
       along: The axes that the dimensions of the ids run along.
       wraps: Whether a negative id counts from the end, and is still to be replaced.
       drops: Whether an id out of bounds has no segment; else it has the nearest.
+      full: Whether each segment is known to have an entry.
       ends: Whether it is a sum that nothing of the kind reads.
     """
 
@@ -65,6 +66,7 @@ class Segmented(NamedTuple):
     along: tuple[int, ...]
     wraps: bool
     drops: bool
+    full: bool = False
     ends: bool = False
 
 
@@ -139,11 +141,23 @@ def _by_ids(program: Program, candidates: Iterable[Equation]) -> dict[Equation, 
         drops = mode == FILL or (mode != CLIP and eqn.name != "gather")
         found[eqn] = Segmented(ids, *axes, wraps=not replaced, drops=drops)
     for eqn, each in list(found.items()):
-        wraps = each.ids in from_end
-        found[eqn] = each._replace(ids=each.ids._replace(wraps=wraps), wraps=each.wraps and wraps)
+        ids = each.ids._replace(wraps=each.ids in from_end)
+        full = len(each.along) == 1 and _reaches_all(ids, each.drops)
+        found[eqn] = each._replace(ids=ids, wraps=each.wraps and ids.wraps, full=full)
         if found[eqn].wraps and eqn.params["mode"] == CLIP:
             del found[eqn]  # A negative id is the first segment here, and another one elsewhere.
     return found
+
+
+def _reaches_all(ids: Ids, drops: bool) -> bool:
+    """Whether each segment is known to have an entry."""
+    counted = isinstance(ids.segments, int) and ids.segments > 0
+    if not counted or not isinstance(ids.root, Constant) or _unknown(ids.root.value):
+        return False
+    at = np.asarray(ids.root.value).astype(np.int64).ravel()
+    at = np.where(at < 0, at + ids.segments, at) if ids.wraps else at
+    at = at[(at >= 0) & (at < ids.segments)] if drops else at.clip(0, ids.segments - 1)
+    return bool(np.bincount(at, minlength=ids.segments).all())
 
 
 def _axes(eqn: Equation) -> tuple[int, tuple[int, ...]] | None:

@@ -182,8 +182,7 @@ def test_a_long_loss_s_program_grows_as_its_gradient_s(step):
         loss, args = unrolled(step, count), state(count if step is new_parameters else 1)
         sizes.append([size(f(loss, (0, 1, 2)), *args) for f in (hs.hesscale, jax.grad)])
     (short, first), (long, last) = sizes
-    # A sum by segments is padded, and taken at its ids; products of images are several each.
-    assert long <= {segment_softmax: 4.5, hebbian: 6}.get(step, 4) * last
+    assert long <= 4 * last
     # Per equation of the gradient's, the second half takes hardly more than the first, but of
     # momentum, of which a part is left out in the first half alone.
     assert (long - short) / (last - first) <= (4 if step is momentum else 1.15 * short / first)

@@ -12,6 +12,7 @@ import hesscale_jax as hs
 
 MASK = np.array([[True, True, False], [False, True, False]])
 SEGMENTS = np.array([0, 2, 2])  # of four: the second and the fourth are empty
+PADDED = np.array([0, 0, 7, 1])  # of three: one is out of bounds, and the last is empty
 
 
 def exact(loss, x):
@@ -64,6 +65,10 @@ FINITE = {
     "segment_sum, empty segments": (
         lambda x: jnp.sum(jax.ops.segment_sum(jnp.exp(x), SEGMENTS, 4)),
         normal(3),
+    ),
+    "segment norm, padded, the nearest segment empty": (
+        lambda x: jnp.sum(x[:2] / jnp.sqrt(jax.ops.segment_sum(x**2, PADDED, 3))[PADDED][:2]),
+        normal(4),
     ),
     "segment_max, empty segments": (
         lambda x: jnp.sum(nn.sigmoid(jax.ops.segment_max(x, SEGMENTS, 4))),
