@@ -19,6 +19,7 @@ from jax.interpreters import ad
 
 from hesscale_jax import _jaxpr
 from hesscale_jax._jaxpr import Equation
+from hesscale_jax.errors import UnsupportedPrimitiveError
 from hesscale_jax.moments import Moments, spread_dtype
 from hesscale_jax.rules.derivatives import Pointwise, share, widened
 from hesscale_jax.rules.table import ByEquation, PiecewiseConstant
@@ -250,7 +251,12 @@ def jvp(
         pushed = map(ad.instantiate_zeros, pushed)
     else:
         fun = _jaxpr.along(eqn, primals, moving)
-        both = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
+        try:
+            both = jax.jvp(fun, [primals[i] for i in moving], [tangents[i] for i in moving])
+        except jax.errors.UnexpectedTracerError as error:
+            reason = "its derivative rule holds a value of another trace of JAX"
+            where = _jaxpr.label(eqn), _jaxpr.location(eqn)
+            raise UnsupportedPrimitiveError(*where, reason) from error
         results, pushed = (_jaxpr.listed(x, eqn) for x in both)
     moves = list(map(_jaxpr.is_inexact, eqn.outputs))
     if eqn.name == "custom_jvp_call" and len(eqn.inputs) > 1:
