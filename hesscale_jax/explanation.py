@@ -335,25 +335,26 @@ class _Explanation:
 
     def _mixes(self, unit: _Unit) -> bool:
         """Whether entries of a result share entries of the operands, and are used curved."""
-        first = unit.equations[0]
+        first, results = unit.equations[0], unit.results
         if unit.block is not None:
             entering = self._entering(unit)
+            # Its loops' steps hand out what they share, side by side; the block may read it itself.
+            handed_out = [v for eqn in unit.equations for v in self._handed_out(eqn)]
+            results = [*results, *handed_out]
             mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
-            mixes = mixes or any(map(self._hands_out, unit.equations))
+            mixes = mixes or bool(handed_out)
         else:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
             mixes = mixes or (first.name in WINDOWS and _overlap(first))
-        return mixes and any(
-            size(v.shape) > 1 and not self._head.is_affine_in(v) for v in unit.results
-        )
+        return mixes and any(size(v.shape) > 1 and not self._head.is_affine_in(v) for v in results)
 
-    def _hands_out(self, eqn: Equation) -> bool:
-        """Whether it is a loop whose steps hand out what they share, side by side."""
+    def _handed_out(self, eqn: Equation) -> list[Value]:
+        """What the steps of a loop hand out."""
         if not self._goes_by_steps(eqn):
-            return False
+            return []
         _, carry, _ = _jaxpr.scan_groups(eqn)
-        return not self._plan.active.isdisjoint(eqn.outputs[len(carry) :])
+        return [v for v in eqn.outputs[len(carry) :] if v in self._plan.active]
 
     def _shared(self) -> Iterator[Shared]:
         """Constants of a loop, and carries if there are several.
@@ -389,8 +390,10 @@ class _Explanation:
     def _makes_images(self, eqn: Equation) -> bool:
         """Whether what an equation makes is known as images, and is met as such."""
         made = [v for v in eqn.outputs if v in self._plan.active]
-        return self._images.last.issuperset(made) and all(
-            v not in self._images.of(v).of for v in made
+        return (
+            eqn not in self._plan.loops
+            and self._images.last.issuperset(made)
+            and all(v not in self._images.of(v).of for v in made)
         )
 
     def _dropped(self) -> Iterator[Dropped]:

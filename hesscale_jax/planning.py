@@ -18,6 +18,7 @@ from hesscale_jax.paths import loop, on_paths
 from hesscale_jax.rules.control_flow import scan
 from hesscale_jax.rules.selection import Reduction
 from hesscale_jax.segments import segmented
+from hesscale_jax.slopes import are_few, is_linear
 
 __all__ = ["plan"]
 
@@ -156,6 +157,8 @@ def _through(
     length = eqn.params["length"]
     if eqn.sources[0].effects or not isinstance(length, int) or length == 0:
         return None
+    if _makes_images(eqn, active):
+        return None
     inputs, outputs = body.program.inputs, body.program.outputs
     paths = loop(eqn, body, active, active, find)
     wanted = [outputs[i] for i in sorted(paths.wanted)]
@@ -218,6 +221,16 @@ def _through(
         fed=frozenset(i for i, found in reach.items() if not found.isdisjoint(xs)),
         sums=across and not summed.isdisjoint(wanted),
     )
+
+
+def _makes_images(eqn: Equation, active: frozenset[Value]) -> bool:
+    """Whether what a loop's steps hand out is known as images: how it varies along them, too."""
+    _, carry, _ = _jaxpr.scan_groups(eqn)
+    into, wanted = (
+        [i for i, v in enumerate(vs) if v in active] for vs in (eqn.inputs, eqn.outputs)
+    )
+    hands_out = bool(wanted) and wanted[-1] >= len(carry)
+    return hands_out and is_linear(eqn, into) and are_few(eqn, into, wanted)
 
 
 def _one(steps: Plan) -> Block | None:

@@ -4,6 +4,7 @@ See :mod:`hesscale_jax.images` for where they are used.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from hesscale_jax.factored import RENAMED
 from hesscale_jax.forms import Form
 from hesscale_jax.rules.derivatives import Pointwise
 
-__all__ = ["by_unit_vectors", "is_linear", "slope_in", "slope_of_loop"]
+__all__ = ["are_few", "by_unit_vectors", "is_linear", "slope_in", "slope_of_loop"]
 
 
 # Their slopes are finite where their operands are.
@@ -130,18 +131,24 @@ def _is_linear_step(eqn: Equation, at: Sequence[int]) -> bool:
     return eqn.name in RENAMED or is_linear(eqn, at)
 
 
+def are_few(eqn: Equation, active: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether the slopes of such an equation's results in operands are written out."""
+    rows, columns = [eqn.outputs[k].shape for k in wanted], [eqn.inputs[i].shape for i in active]
+    if not all(isinstance(n, int) for n in itertools.chain(*rows, *columns)):
+        return False
+    return sum(map(math.prod, rows)) * sum(map(math.prod, columns)) <= MOST_IN_MATRIX
+
+
 def by_unit_vectors(
     eqn: Equation, forms: Mapping[int, Form], wanted: Sequence[int]
 ) -> list[Form] | None:
     """What is affine in operands, by matrices, if they are small."""
-    sizes = {k: math.prod(eqn.outputs[k].shape) for k in wanted}
-    into = {i: math.prod(eqn.inputs[i].shape) for i in forms}
-    if sum(sizes.values()) * sum(into.values()) > MOST_IN_MATRIX:
+    if not are_few(eqn, [*forms], wanted):
         return None
     images = [Form(tuple(y.shape), {}) for y in eqn.outputs]
     for i, x in forms.items():
         for k in wanted:
-            m, n = sizes[k], into[i]
+            m, n = math.prod(eqn.outputs[k].shape), math.prod(eqn.inputs[i].shape)
             by = _matrix(eqn, i, k)
             apart = x.reshaped((n,)).placed((m, n), [1])
             image = apart.through(by).summed([1]).reshaped(images[k].shape)

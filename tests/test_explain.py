@@ -189,6 +189,20 @@ def test_what_a_loop_hands_out_is_named():
     assert "Between the entries of one result" in str(report)
 
 
+@pytest.mark.parametrize("steps", ["last", "each"])
+def test_what_a_loop_hands_out_is_named_within_its_block(steps):
+    def loss(x):
+        def step(c, x):
+            return c + jnp.tanh(x), jnp.exp(x) if steps == "each" else c
+
+        last, each = jax.lax.scan(step, 0.0, x)
+        return jnp.sum(each) * last
+
+    report = hs.explain(loss)(array(3))
+    assert len(report.steps) == 1
+    assert not report.is_exact
+
+
 def test_what_has_no_rule_inside_of_a_loop_is_listed():
     def loss(w, x):
         def step(c, _):

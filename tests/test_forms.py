@@ -3,6 +3,8 @@
 Each program is written in ways that do not look alike; the Hessian's diagonal is the same.
 """
 
+import math
+import operator
 from pathlib import Path
 
 import jax
@@ -347,6 +349,8 @@ LINES = {
         (lambda w: (advantages(X @ w) ** 2).mean(), x),
         (lambda w: jnp.cosh(advantages(jnp.tanh(X @ w))).mean(), x),
         (lambda w: jnp.exp(0.1 * scan(lambda s, d: (s + d, s + d), 0.0, X @ w)[1]).sum(), x),
+        (lambda w: math.prod(map(jnp.sum, scan(lambda c, x: (c + x, c), 0.0, w))), x),
+        (lambda w: jnp.exp(operator.sub(*scan(lambda s, a: (s + a, s), 0.0, w))).sum(), x),
         (
             lambda w: (
                 jnp.diff(fori_loop(0, 5, lambda i, b: b.at[i].set(X[i] @ w), X[:, 0])) @ (X @ w)[1:]

@@ -47,6 +47,11 @@ EXAMPLES = {
     "last_layer, respelled": 10,
     "meeting, respelled": 8,
     "units, respelled": 6,
+    "anything, claimed": 2,
+    "control, claimed": 4,
+    "loop, claimed": 2,
+    "several, claimed": 2,
+    "handing_out, claimed": 8,
 }
 
 
