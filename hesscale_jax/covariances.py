@@ -84,8 +84,9 @@ def _covariance(
         pairs = [(a, b, 1.0 if a is b else 2.0) for a, b in distinct]
     else:
         pairs = [(a, b, 1.0) for a, b in itertools.product(left, right)]
-    found = [(times, a, b, _of_pair(a, b, spread, shape, read, over)) for a, b, times in pairs]
-    products = [(times * a.scale * b.scale, *pair) for times, a, b, pair in found if pair]
+    scaled_pairs = [(times * a.scale * b.scale, a, b) for a, b, times in pairs]
+    found = [(c, _of_pair(a, b, spread, shape, read, over)) for c, a, b in scaled_pairs if c]
+    products = [(c, *pair) for c, pair in found if pair]
     if not products:
         return None
     common = functools.reduce(operator.and_, (gates for *_, gates in products))

@@ -249,11 +249,7 @@ class Term:
         """The sum of two terms as one, ``None`` if they have to stay two."""
         if self.summed != other.summed or not all(map(_agree, self.at, other.at)):
             return None
-        mine = [f for f in self.factors if not any(map(f.same, other.factors))]
-        theirs = [f for f in other.factors if not any(map(f.same, self.factors))]
-        common = tuple(f for f in self.factors if f not in mine)
-        if len(common) + len(theirs) != len(other.factors):
-            return None
+        common, mine, theirs = _parted(self.factors, other.factors)
         gates = _either(self, other)
         if not mine and not theirs:
             both = dataclasses.replace(self, scale=self.scale + other.scale)
@@ -267,6 +263,20 @@ class Term:
             return None
         # What is added up here reaches the value in one way from now on.
         return dataclasses.replace(both, once=False, gates=gates)
+
+
+def _parted(
+    a: Iterable[Factor], b: Iterable[Factor]
+) -> tuple[list[Factor], list[Factor], list[Factor]]:
+    """The factors that two products share, each as often as both have it, and the rest of each."""
+    common, mine, theirs = list[Factor](), list[Factor](), list(b)
+    for f in a:
+        if (other := next(filter(f.same, theirs), None)) is None:
+            mine.append(f)
+        else:
+            common.append(f)
+            theirs.remove(other)
+    return common, mine, theirs
 
 
 def _either(a: Term, b: Term) -> tuple[Factor, ...]:
@@ -370,7 +380,10 @@ def axis_of(index: Factor, rank: int, size: int) -> int | None:
 
 
 def collected(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """The terms with those as one that can be; a term of 0 is left out."""
+    """The terms with those as one that can be; a term of 0 is left out, unless others made it.
+
+    Entry by entry, what cancels would vary by the sum of what both do.
+    """
     left: list[Term] = []
     for term in terms:
         for i, other in enumerate(left):
@@ -380,7 +393,7 @@ def collected(terms: Iterable[Term]) -> tuple[Term, ...]:
                 break
         else:
             left.append(term)
-    return tuple(t for t in left if t.scale != 0.0)
+    return tuple(t for t in left if t.scale != 0.0 or not t.once)
 
 
 def together(terms: Sequence[Term], rank: int, source: Sequence[int]) -> Sequence[Term]:

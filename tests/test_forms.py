@@ -3,6 +3,7 @@
 Each program is written in ways that do not look alike; the Hessian's diagonal is the same.
 """
 
+import functools
 import math
 import operator
 from pathlib import Path
@@ -23,6 +24,8 @@ from jax.scipy.signal import convolve
 from jax.scipy.stats import multivariate_normal
 
 import hesscale_jax as hs
+from hesscale_jax.arrays import Factor, Reader, known
+from hesscale_jax.terms import Term
 
 PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "exact.md"
 
@@ -629,6 +632,33 @@ def test_a_loop_that_multiplies_what_moves_is_not_affine():
     report = hs.explain(loss)(x)
     assert [entry.value for entry in report.shared] == ["w, read at every step"]
     assert np.abs(hs.hesscale(loss)(x)[1] / of_jax(loss, x)[1] - 1).max() > 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_cancels_does_not_vary(rows):
+    def loss(w):
+        z = X[:rows] @ w
+        return jnp.sum(jnp.exp(z.at[0].subtract(z[0])) * jnp.sin(z))
+
+    _, grad, received = computed(loss, x)
+    expected_grad, expected = of_jax(loss, x)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-9)
+    np.testing.assert_allclose(received, expected, rtol=1e-9)
+
+
+def test_products_of_the_same_factors_are_one_if_each_is_there_as_often():
+    f, g = (Factor((2,), frozenset(), lambda read, x=x: jnp.asarray(x)) for x in ([2, 3], [5, 7]))
+    row = known(np.arange(2))
+    once, twice = (Term(1.0, factors, (row,)) for factors in ((f, f, g), (f, g, g)))
+
+    def entries(term):
+        read = Reader(lambda value: value, jnp.float64, lambda *dtypes: jnp.float64)
+        return functools.reduce(operator.mul, map(read.numbers, term.factors))
+
+    both = once.plus(once)
+    assert both.scale == 2
+    np.testing.assert_array_equal(entries(both), entries(once))
+    np.testing.assert_array_equal(entries(once.plus(twice)), entries(once) + entries(twice))
 
 
 def test_of_entries_written_over_one_another_one_counts():
