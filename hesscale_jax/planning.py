@@ -2,7 +2,8 @@
 
 A loop belongs to a block if its body is one, in which the carries start and end at the same spans,
 what is read at every step lies along them, and nothing that a step hands on takes in a sum over
-either. What is scanned over enters step by step, and has no place in the frame.
+either. What is scanned over enters step by step, and has no place in the frame. If what the steps
+hand out is known as images, the loop is in no block.
 """
 
 import dataclasses

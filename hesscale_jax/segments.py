@@ -6,6 +6,7 @@ broadcast of a softmax or a normalisation over segments, and belong to blocks as
 ``broadcast_in_dim`` do.
 """
 
+import functools
 import itertools
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -140,9 +141,10 @@ def _by_ids(program: Program, candidates: Iterable[Equation]) -> dict[Equation, 
             from_end.add(ids)
         drops = mode == FILL or (mode != CLIP and eqn.name != "gather")
         found[eqn] = Segmented(ids, *axes, wraps=not replaced, drops=drops)
+    reaches_all = functools.cache(_reaches_all)
     for eqn, each in list(found.items()):
         ids = each.ids._replace(wraps=each.ids in from_end)
-        full = len(each.along) == 1 and _reaches_all(ids, each.drops)
+        full = len(each.along) == 1 and reaches_all(ids, each.drops)
         found[eqn] = each._replace(ids=ids, wraps=each.wraps and ids.wraps, full=full)
         if found[eqn].wraps and eqn.params["mode"] == CLIP:
             del found[eqn]  # A negative id is the first segment here, and another one elsewhere.
