@@ -72,7 +72,7 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 400, 4
 
 # Deep forms are used if their covariances take about so many equations or fewer.
-MOST_DEEP = 2000
+MOST_DEEP = 800
 
 
 class Budget(NamedTuple):
