@@ -32,6 +32,7 @@ from hesscale_jax.report import Dropped, Report, Shared, Step
 from hesscale_jax.rules import RULES
 from hesscale_jax.rules.control_flow import ControlFlow, while_loop
 from hesscale_jax.rules.custom_derivatives import custom_rule
+from hesscale_jax.rules.derivatives import Pointwise
 from hesscale_jax.rules.multilinear import Multilinear
 from hesscale_jax.rules.selection import Selection
 from hesscale_jax.rules.table import Unsupported, find
@@ -232,11 +233,20 @@ class _Explanation:
 
     def _entering(self, unit: _Unit) -> dict[Value, int]:
         """The values that a step reads; how often, if it takes each time as independent."""
-        read = [v for eqn in unit.equations for v in self._read_as(eqn)]
-        read = [(v, name) for v, name in read if name not in unit.made]
-        # A block knows what it reads more than once, if it is not under another name.
+        read = [
+            (v, name, eqn if v in self._scanned(eqn) else None)
+            for eqn in unit.equations
+            for v, name in self._read_as(eqn)
+            if name not in unit.made
+        ]
+        # A block knows what it reads more than once, if it is not under another name, and if no
+        # loop scans over it.
         read = list(dict.fromkeys(read)) if unit.block is not None else read
-        return dict(Counter(name for _, name in read))
+        return dict(Counter(name for _, name, _ in read))
+
+    def _scanned(self, eqn: Equation) -> frozenset[Any]:
+        """What moves and is scanned over by a loop that a block leads through."""
+        return self._plan.loops[eqn].scanned if eqn in self._plan.loops else frozenset()
 
     def _ordered(self, units: list[_Unit]) -> list[_Unit]:
         """The units so that each comes after those it reads from, else in program order."""
@@ -343,11 +353,29 @@ class _Explanation:
             results = [*results, *handed_out]
             mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
             mixes = mixes or bool(handed_out)
+            # A loop takes the entries of what it scans over as independent, as those of an argument
+            # are.
+            results += [
+                v
+                for eqn in unit.equations
+                for v in self._scanned(eqn)
+                if self._same.get(v, v) not in self._names
+            ]
+            mixes = mixes or len(results) > len(unit.results) + len(handed_out)
         else:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
             mixes = mixes or (first.name in WINDOWS and _overlap(first))
+            mixes = mixes or (first.name == "cond" and not self._acts_entrywise(first))
         return mixes and any(size(v.shape) > 1 and not self._head.is_affine_in(v) for v in results)
+
+    def _acts_entrywise(self, eqn: Equation) -> bool:
+        """Whether all branches act entry by entry, on arguments alone."""
+        return all(self._same.get(v, v) in self._names for v in self._reads(eqn)) and all(
+            isinstance(rule, Pointwise)
+            for body, paths in zip(eqn.bodies, self._loops[eqn], strict=True)
+            for rule in self._within(eqn, body, paths)[0].rules.values()
+        )
 
     def _handed_out(self, eqn: Equation) -> list[Value]:
         """What the steps of a loop hand out."""
@@ -432,18 +460,37 @@ class _Explanation:
         """Whether a step knows how what enters it varies with all of one of the sources.
 
         That is where their images meet in it, or where what it hands on are images again, and of
-        nothing else that a product makes.
+        nothing else that a product makes. A block with sums by segments, and a loop in one, know
+        nothing of images of what they read.
         """
 
         def are_images(forms: Iterable[Form | None]) -> bool:
-            found = [f is not None and any(s <= {*f.of} for s in sources) for f in forms]
+            found = [f is not None and any(self._is_of(f, s) for s in sources) for f in forms]
             return bool(found) and all(found)
 
         entering, met = set(entering), self._forms(unit)
         read = [v for eqn in unit.equations for v, name in self._read_as(eqn) if name in entering]
         results = list(map(self._images.of, unit.results))
         apart = any(isinstance(source, Part) for form in results for source in form.of)
-        return are_images(map(met.get, read)) or (not apart and are_images(results))
+        looked = not unit.block or not (unit.block.cut or unit.block.along)
+        looked = looked and not any(map(self._scanned, unit.equations))
+        return are_images(map(met.get, read)) or (looked and not apart and are_images(results))
+
+    def _is_of(self, form: Form, source: set[Any]) -> bool:
+        """Whether a form has all of a source, and nothing else that depends on it."""
+        others = {*form.of} - source
+        return source <= {*form.of} and all(
+            self._before(other.value if isinstance(other, Part) else other).isdisjoint(source)
+            for other in others
+        )
+
+    def _before(self, value: Value) -> set[Any]:
+        """What a value is computed from."""
+        before = {value}
+        for eqn in reversed(self._plan.rules):
+            if not before.isdisjoint(eqn.outputs):
+                before.update(self._reads(eqn))
+        return before - {value}
 
     def _meeting(
         self,
@@ -548,7 +595,8 @@ def _titles(eqn: Equation) -> list[str]:
 
 
 def _described(value: Any) -> str:
-    return value.aval.str_short(short_dtypes=True)
+    aval = value.aval if isinstance(value, Value) else jax.typeof(value.value)
+    return aval.str_short(short_dtypes=True)
 
 
 def _line(eqn: Equation) -> str:

@@ -69,7 +69,7 @@ MOST_TERMS, MOST_SOURCES = 8, 16
 
 # In a program of more equations than SHORT, the covariances of terms take about MOST_ADDED more, or
 # ADDED_PER_EQUATION for each of its own, whichever is more.
-SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 400, 4
+SHORT, MOST_ADDED, ADDED_PER_EQUATION = 32, 470, 4
 
 # Deep forms are used if their covariances take about so many equations or fewer.
 MOST_DEEP = 800

@@ -310,13 +310,67 @@ def test_an_exact_loss_drops_nothing():
     assert report.is_exact
 
 
+def added_up(start, xs):
+    return jax.lax.scan(lambda c, x: (c - x, None), start, xs)[0]
+
+
+def in_a_branch(fun, x):
+    return jax.lax.cond(x[0] > -9, fun, lambda x: x, x)
+
+
+def by_segments(x):
+    ids = np.array([0, 0, 1])
+    return jax.ops.segment_sum(x, ids, 2)[ids]
+
+
+NOT_KNOWN = {
+    "scanned over, and read": lambda x: added_up(0.0, x) * x[0],
+    "scanned over, and where it starts": lambda x: added_up(x[0], x) ** 2,
+    "scanned over, of entries that share some": lambda x: added_up(0.0, x + jnp.sin(x[::-1])) ** 2,
+    "scanned over twice": lambda x: added_up(added_up(0.0, x), jnp.sin(x[::-1])) ** 2,
+    "by segments, beside an entry": lambda x: jnp.sin(by_segments(x) * x[1]).sum(),
+    "by segments, beside a mean": lambda x: jnp.exp(by_segments(x) * x.mean()).sum(),
+    "beside a branch of it": lambda x: jax.nn.logsumexp(
+        jnp.concatenate([x, in_a_branch(jnp.sin, x)])
+    ),
+    "beside the largest by place": lambda x: (
+        jnp.concatenate([x, jnp.zeros(3).at[np.array([1, 0, 1])].max(x)]).sum() ** 2
+    ),
+    "a product in a branch": lambda x: jax.nn.logsumexp(in_a_branch(lambda x: x * x[::-1], x)),
+    "an entry set in a branch": lambda x: jax.nn.logsumexp(
+        in_a_branch(lambda x: x.at[0].set(x[1]), x)
+    ),
+    "a product before a branch": lambda x: jax.nn.logsumexp(in_a_branch(jnp.sin, x * x[::-1])),
+}
+
+
+@pytest.mark.parametrize("name", NOT_KNOWN)
+def test_what_is_not_known_is_not_said_to_be_exact(name):
+    loss, x = NOT_KNOWN[name], jnp.array([0.7, -0.4, 1.3])
+    exact = jnp.diag(jax.hessian(loss)(x))
+    assert not np.allclose(hs.hesscale(loss)(x)[1], exact, rtol=1e-3)
+    assert not hs.explain(loss)(x).is_exact
+
+
+def test_a_number_that_a_loop_closes_over_has_a_name():
+    @jax.checkpoint
+    def run(x, one):
+        return jax.lax.scan(lambda c, x: ((x**2, one + c[1]), c[0]), (1.0, 0.3), x)
+
+    def loss(x):
+        (a, b), each = run(x, 1.0)
+        return jnp.sum(each**2) + a + b
+
+    assert hs.explain(loss)(array(3)).steps
+
+
 def test_what_a_branch_drops_is_in_its_own_report():
     def loss(w):
         p = jax.lax.cond(w.sum() > -9, jax.nn.softmax, lambda w: w, w)
         return jnp.sum(jnp.arange(3.0) * p) ** 2
 
     report = hs.explain(loss)(array(3))
-    assert (report.dropped, report.shared, report.mixing) == ((), (), ())
+    assert (report.dropped, report.shared, report.mixing) == ((), (), (0,))
     assert [body.is_exact for body in report.steps[0].bodies] == [True, False]
     assert not report.is_exact
 
