@@ -258,6 +258,9 @@ def _dependencies(
     summed: set[Value] = set()
     for eqn, rule in steps.rules.items():
         operands = [v for v in eqn.inputs if v in steps.active]
+        if through := steps.loops.get(eqn):
+            # A loop may be handed what no step reads.
+            operands = [v for v in operands if v in through.operands or v in through.scanned]
         found = frozenset[int]().union(*(depends[v] for v in operands))
         depends.update(dict.fromkeys(eqn.outputs, found))
         sums = isinstance(rule, Reduction) and not found.isdisjoint(local.values())

@@ -254,6 +254,23 @@ def test_what_each_step_of_a_loop_selects_alike_is_selected_before_it():
     assert "rewriting.py" not in str(hs.explain(loss)(normal(3)))
 
 
+def test_a_loop_in_a_loop_may_be_handed_what_no_step_reads():
+    def loss(x):
+        small, large = x.min(keepdims=True), jnp.stack([x[:1] + i for i in range(3)])
+
+        def inner(i, y):
+            large[i % 3]
+            return 0.5 * small
+
+        def step(carry, y):
+            return (lax.fori_loop(0, 2, inner, y), jnp.tanh(large)), None
+
+        small_end, large_end = lax.scan(step, (small, large), large)[0]
+        return jnp.sum(large_end) + jnp.sum((small_end[:, None] @ small_end[None]) ** 2)
+
+    oracle.check(loss, normal(3))
+
+
 def test_a_branch_that_is_known_is_no_branch():
     def loss(x):
         double = lax.cond(True, lambda x: 2 * x, jnp.sin, x)
