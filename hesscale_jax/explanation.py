@@ -347,26 +347,30 @@ class _Explanation:
         """Whether entries of a result share entries of the operands, and are used curved."""
         first, results = unit.equations[0], unit.results
         if unit.block is not None:
-            entering = self._entering(unit)
+            entering, block = self._entering(unit), unit.block
+            scanned = {
+                self._same.get(v, v): v for eqn in unit.equations for v in self._scanned(eqn)
+            }
             # Its loops' steps hand out what they share, side by side; the block may read it itself.
             handed_out = [v for eqn in unit.equations for v in self._handed_out(eqn)]
-            results = [*results, *handed_out]
-            mixes = bool(unit.block.reduced) or not all(map(unit.block.fill, entering))
-            mixes = mixes or bool(handed_out)
             # A loop takes the entries of what it scans over as independent, as those of an argument
-            # are.
-            results += [
-                v
-                for eqn in unit.equations
-                for v in self._scanned(eqn)
-                if self._same.get(v, v) not in self._names
-            ]
-            mixes = mixes or len(results) > len(unit.results) + len(handed_out)
+            # are, and so does a block with sums by segments.
+            inside: Iterable[Any] = entering if block.cut or block.along else scanned
+            apart = [v for v in inside if v not in self._names]
+            results = [*results, *handed_out, *apart]
+            fills = (
+                size(scanned[v].sizes[1:]) == block.entries if v in scanned else block.fill(v)
+                for v in entering
+            )
+            mixes = bool(block.reduced or handed_out or apart) or not all(fills)
         else:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
             mixes = mixes or (first.name in WINDOWS and _overlap(first))
             mixes = mixes or (first.name == "cond" and not self._acts_entrywise(first))
+            # Where forms end, nothing is known of what entries shared before.
+            ends = any(v in self._images.of(v).of for v in unit.results)
+            mixes = mixes or (ends and not all(v in self._names for v in self._entering(unit)))
         return mixes and any(size(v.shape) > 1 and not self._head.is_affine_in(v) for v in results)
 
     def _acts_entrywise(self, eqn: Equation) -> bool:

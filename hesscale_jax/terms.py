@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from hesscale_jax.arrays import (
     MOST_ENTRIES,
@@ -331,7 +332,11 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
             raise TooLarge
 
         def concatenate(*arrays: Any) -> Any:
-            return jnp.concatenate(list(map(jnp.broadcast_to, arrays, shapes)), dim)
+            dtypes = [x.dtype for x in arrays]
+            numbers = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+            dtype = numbers[0] if numbers else np.result_type(*dtypes)
+            wide = (lax.convert_element_type(x, dtype) for x in arrays)
+            return jnp.concatenate(list(map(jnp.broadcast_to, wide, shapes)), dim)
 
         static = [p.static for p in parts if p.static is not None]
         if len(static) == len(parts):

@@ -1172,6 +1172,55 @@ def handing_out(rng: random.Random) -> Case:
     return case(program, program.choose(" + ", " * ").join(terms))
 
 
+# What makes a vector of four entries of one, and a loss of two.
+MAKERS = (
+    "jnp.sin({0})",
+    "{0}[::-1]",
+    "{0}.at[0].set({0}[1])",
+    "{0}.at[0].subtract({0}[0])",
+    "jnp.sort({0})",
+    "{0} * {0}[::-1]",
+    "{0} + jnp.roll({0}, 1)",
+    "jnp.full(4, {0}[0])",
+    "jnp.full(4, {0}.mean())",
+    "jax.nn.softmax({0})",
+    "jnp.cumsum({0})",
+    "c0 @ {0}",
+    "jax.ops.segment_sum({0}, jnp.array([0, 0, 1, 1]), 2)[jnp.array([0, 0, 1, 1])]",
+    "jnp.zeros(4).at[jnp.array([1, 0, 1, 3])].max({0})",
+    "jax.lax.cond({0}[0] > -9.0, jnp.sin, jnp.cos, {0})",
+    "jax.lax.cond({0}[0] > -9.0, lambda x: x * x[::-1], jnp.cos, {0})",
+    "jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y) + {0}, {0})",
+    "jax.lax.scan(lambda y, x: (y + x, y), 0.0, {0})[1]",
+    "jax.lax.scan(lambda y, x: (jnp.sin(y) + x, y), {0}[0], {0})[1]",
+    "jnp.full(4, jax.lax.scan(lambda y, x: (0.9 * y - x, None), {0}[0], {0})[0])",
+    "jnp.full(4, jax.lax.scan(lambda y, x: (jnp.sin(y) + x, None), 0.0, {0})[0])",
+    "jax.checkpoint(lambda x: jnp.tanh(x) * x[0])({0})",
+)
+USERS = (
+    "jnp.sum({0} * {1})",
+    "jnp.sum(({0} - {1}) ** 2)",
+    "jnp.sum({0}) * jnp.sum({1})",
+    "jnp.sum(jnp.exp(0.3 * ({0} + {1})))",
+    "jax.nn.logsumexp({0}) + jnp.sum(jnp.sin({1}))",
+    "jax.nn.logsumexp(jnp.concatenate([{0}, {1}]))",
+    "jnp.concatenate([{0}, {1}]) @ jnp.concatenate([{1}, {0}])",
+    "jnp.var({0} * {1})",
+)
+
+
+def pair(rng: random.Random) -> Case:
+    """Two of a few values, each made of another, that meet."""
+    program = Program(rng)
+    p = program.input((4,))
+    program.constant((4, 4))
+    values = [p]
+    for _ in range(rng.randint(1, 3)):
+        made = program.choose(*MAKERS).format(rng.choice(values))
+        values.append(program.add(made, p.shape))
+    return case(program, program.choose(*USERS).format(rng.choice(values), values[-1]))
+
+
 def step_by_step(program: Program, frame: Shape, length: int, hands_out: bool = False) -> None:
     """A loop with a carry or two of the frame's shape, or of size 1 along some of its axes."""
     rng = program.rng
@@ -1499,7 +1548,7 @@ def check_convex(test: Case) -> None:
 EXACT = {"chain": chain, "last_layer": last_layer, "meeting": meeting, "units": units}
 # Of these, some are exact.
 MIXED = {"anything": anything, "control": control, "loop": loop, "several": several}
-MIXED |= {"handing_out": handing_out}
+MIXED |= {"handing_out": handing_out, "pair": pair}
 
 
 FAMILIES: dict[str, tuple[Callable[[random.Random], Case], Callable[[Case], None]]] = {

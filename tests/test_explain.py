@@ -330,6 +330,12 @@ NOT_KNOWN = {
     "scanned over twice": lambda x: added_up(added_up(0.0, x), jnp.sin(x[::-1])) ** 2,
     "by segments, beside an entry": lambda x: jnp.sin(by_segments(x) * x[1]).sum(),
     "by segments, beside a mean": lambda x: jnp.exp(by_segments(x) * x.mean()).sum(),
+    "by segments, of entries that share some": lambda x: jnp.exp(
+        by_segments(x.at[0].set(x[1]))
+    ).sum(),
+    "the largest by place, of a product": lambda x: jax.nn.logsumexp(
+        jnp.zeros(3).at[np.array([1, 0, 1])].max(x * x[::-1])
+    ),
     "beside a branch of it": lambda x: jax.nn.logsumexp(
         jnp.concatenate([x, in_a_branch(jnp.sin, x)])
     ),

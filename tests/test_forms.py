@@ -40,6 +40,7 @@ chosen, rejected = X + 2, X + 2 + 0.1 * normal(6, 5, 4)
 STEPS = jnp.arange(3.0)
 SOURCE, TARGET = np.array([0, 1, 2, 3, 4, 0, 2]), np.array([1, 0, 2, 4, 3, 3, 0])
 WEIGHTS, HALVES = normal(14, 7, 1), np.array([[0, 1, 1], [1, 0, 0], [1, 1, 2]])
+PAIRED = np.array([0, 0, 1, 1])
 PLACES, PLACES_APART = np.array([1, 2, 2, 0, 9]), np.array([1, 7, 2, 0, 5])
 labels, tokens = np.array([0, 2, 1, 2, 0]), np.array([[0, 0, 2], [1, 3, 3]])
 CORNERS = np.array([[0, 1, 2], [1, 0, 1]])  # the last is out of bounds, and moved
@@ -438,6 +439,7 @@ LINES = {
         (lambda w: jax.nn.logsumexp(jax.vmap(corner, (None, 0, 0))(w, *CORNERS)), W),
     ],
     "Images that are added up by ids": [
+        (lambda w: jax.nn.logsumexp(jnp.r_[segment_sum(w, PAIRED, 2)[PAIRED], A @ w]), x),
         (lambda w: (segment_sum(X @ w, labels, 3) ** 2).sum(), x),
         (lambda w: (jnp.zeros(3).at[jnp.asarray(labels)].subtract(X @ w) ** 2).sum(), x),
         (lambda w: (jax.nn.one_hot(labels, 3).T @ (X @ w)).sum() ** 2, x),

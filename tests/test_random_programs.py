@@ -52,6 +52,7 @@ EXAMPLES = {
     "loop, claimed": 2,
     "several, claimed": 2,
     "handing_out, claimed": 8,
+    "pair, claimed": 15,
 }
 
 
