@@ -367,15 +367,14 @@ class _Explanation:
             family = _family(first, self._plan.rules[first])
             mixes = first.name in MIXING or family not in ("selection", "cond", "shard_map")
             mixes = mixes or (first.name in WINDOWS and _overlap(first))
-            mixes = mixes or (first.name == "cond" and not self._acts_entrywise(first))
+            mixes = mixes or (first.name == "cond" and not self._branches_act_entrywise(first))
             # Where forms end, nothing is known of what entries shared before.
             ends = any(v in self._images.of(v).of for v in unit.results)
             mixes = mixes or (ends and not all(v in self._names for v in self._entering(unit)))
         return mixes and any(size(v.shape) > 1 and not self._head.is_affine_in(v) for v in results)
 
-    def _acts_entrywise(self, eqn: Equation) -> bool:
-        """Whether all branches act entry by entry, on arguments alone."""
-        return all(self._same.get(v, v) in self._names for v in self._reads(eqn)) and all(
+    def _branches_act_entrywise(self, eqn: Equation) -> bool:
+        return all(
             isinstance(rule, Pointwise)
             for body, paths in zip(eqn.bodies, self._loops[eqn], strict=True)
             for rule in self._within(eqn, body, paths)[0].rules.values()

@@ -158,7 +158,7 @@ def _through(
     length = eqn.params["length"]
     if eqn.sources[0].effects or not isinstance(length, int) or length == 0:
         return None
-    if _makes_images(eqn, active):
+    if _hands_out_images(eqn, active):
         return None
     inputs, outputs = body.program.inputs, body.program.outputs
     paths = loop(eqn, body, active, active, find)
@@ -224,7 +224,7 @@ def _through(
     )
 
 
-def _makes_images(eqn: Equation, active: frozenset[Value]) -> bool:
+def _hands_out_images(eqn: Equation, active: frozenset[Value]) -> bool:
     """Whether what a loop's steps hand out is known as images: how it varies along them, too."""
     _, carry, _ = _jaxpr.scan_groups(eqn)
     into, wanted = (

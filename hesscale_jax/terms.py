@@ -332,9 +332,10 @@ def side_by_side(terms: Sequence[Term], dim: int, sizes: Sequence[int]) -> Term 
             raise TooLarge
 
         def concatenate(*arrays: Any) -> Any:
+            # Numbers may stand beside truth values.
             dtypes = [x.dtype for x in arrays]
             numbers = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
-            dtype = numbers[0] if numbers else np.result_type(*dtypes)
+            dtype = max(numbers, key=lambda d: d.itemsize) if numbers else np.result_type(*dtypes)
             wide = (lax.convert_element_type(x, dtype) for x in arrays)
             return jnp.concatenate(list(map(jnp.broadcast_to, wide, shapes)), dim)
 
